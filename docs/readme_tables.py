@@ -1,0 +1,99 @@
+"""Fills the tables of README.md from results/<profile>; `--check` only says whether they are up to date.
+
+    python docs/readme_tables.py [--check] [profile]
+"""
+import re
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def percent(row: pd.Series, *names: str) -> str:
+    "`mean [low, high]` in percent."
+    mean, low, high = (100 * row[name] for name in names)
+    return f"{mean:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def generators(results: Path) -> pd.DataFrame:
+    "Quality of the shipped generator."
+    values = pd.read_csv(results / "generators.csv").set_index("metric")["value"]
+    share = {name: f"{100 * values[name]:.1f}%" for name in ("cas", "oracle_accuracy", "class_min", "class_max")}
+    distance = {name: f"{values[name]:.2f}" for name in ("fd", "fd_floor", "fd_untrained")}
+    rows = {
+        "accuracy on real test images of a classifier trained on samples only": share["cas"],
+        "the same, trained on real images": share["oracle_accuracy"],
+        "Frechet distance (real against real; untrained network)":
+            f"{distance['fd']} ({distance['fd_floor']}; {distance['fd_untrained']})",
+        "share of the rarest and of the commonest class": f"{share['class_min']} and {share['class_max']}",
+    }
+    return pd.DataFrame({"measure": rows.keys(), "value": rows.values()})
+
+
+def impact(results: Path) -> pd.DataFrame:
+    "Impact of each group, as the experiment wrote it."
+    return pd.read_csv(results / "impact_table.csv").round(2)
+
+
+def sources(results: Path) -> pd.DataFrame:
+    "Linear probe and nearest neighbours per source."
+    table = pd.read_csv(results / "sources_table.csv")
+    rows = []
+    for (source, t_x), part in table.groupby(["source", "t_x"], sort=False):
+        part = part.set_index("probe")
+        gain = part.loc["linear"]
+        rows.append({
+            "views from": source, "t_x": t_x,
+            "linear probe, %": percent(gain, "accuracy", "low", "high"),
+            "minus real, points": "" if pd.isna(gain.minus_real) else percent(gain, "minus_real", "minus_real_low", "minus_real_high"),
+            "kNN, %": percent(part.loc["knn"], "accuracy", "low", "high"),
+        })
+    return pd.DataFrame(rows)
+
+
+def continuous(results: Path) -> pd.DataFrame:
+    "Accuracy against the number of distinct anchors."
+    table = pd.read_csv(results / "continuous_table.csv")
+    table = table[table.probe == "linear"]
+    names = ["fresh at every step" if row.source == "guided" else f"{row.anchors:,} stored" for row in table.itertuples()]
+    return pd.DataFrame({
+        "anchors": names,
+        "times each is seen": [f"{value:.1f}" for value in table.repeats],
+        "linear probe, %": [percent(row, "accuracy", "low", "high") for _, row in table.iterrows()],
+    })
+
+
+TABLES = {table.__name__: table for table in (generators, impact, sources, continuous)}
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    "A pipe table."
+    lines = [frame.columns, ["---"] * len(frame.columns), *frame.astype(str).values]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def fill(text: str, results: Path) -> str:
+    "`text` with every table between its markers made anew."
+    def table(match: re.Match) -> str:
+        return f"{match[1]}\n{markdown(TABLES[match[2]](results))}\n{match[3]}"
+
+    return re.sub(r"(<!-- table: (\w+) -->)\n.*?(<!-- end -->)", table, text, flags=re.S)
+
+
+def main(arguments: list[str]) -> int:
+    "Fills or checks; 1 if a check fails."
+    profile = next((word for word in arguments if not word.startswith("--")), "quick")
+    readme = ROOT / "README.md"
+    old = readme.read_text(encoding="utf-8")
+    new = fill(old, ROOT / "results" / profile)
+    if "--check" in arguments:
+        print("README.md is up to date" if old == new else "README.md: tables differ from results; run docs/readme_tables.py")
+        return int(old != new)
+    readme.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
