@@ -6,8 +6,9 @@
 __all__ = ['FORMAT', 'atomic_path', 'file_digest', 'WeightsError', 'save_weights', 'read_weights', 'load_into', 'save_state',
            'read_state']
 
-# %% ../nbs/02_checkpoints.ipynb #91d80609
+# %% ../nbs/02_checkpoints.ipynb #4e409392
 import hashlib
+import io
 import json
 import os
 import secrets
@@ -17,7 +18,7 @@ from typing import Any, Iterator, Mapping
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 # %% ../nbs/02_checkpoints.ipynb #2ddc9c04
@@ -63,7 +64,7 @@ def _weights_digest(state: Mapping[str, Tensor], config: str) -> str:
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
-# %% ../nbs/02_checkpoints.ipynb #fa6b236d
+# %% ../nbs/02_checkpoints.ipynb #865891be
 FORMAT = "mlvgm_mi weights 1"
 
 
@@ -81,8 +82,16 @@ def save_weights(
     text = json.dumps(dict(config), sort_keys=True, allow_nan=False)
     metadata = {"format": FORMAT, "config": text, "digest": _weights_digest(state, text)}
     with atomic_path(path) as temporary:
-        save_file(state, temporary, metadata=metadata)
+        temporary.write_bytes(_sorted_header(save(state, metadata)))
     return Path(path)
+
+
+def _sorted_header(content: bytes) -> bytes:
+    "The same safetensors content with its header in a fixed order, so that equal weights give equal files."
+    stop = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:stop]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # keeps the tensors aligned
+    return len(header).to_bytes(8, "little") + header + content[stop:]
 
 # %% ../nbs/02_checkpoints.ipynb #8cc3d6bb
 def read_weights(
@@ -142,7 +151,7 @@ def load_into(
     module.load_state_dict(state)
     return module
 
-# %% ../nbs/02_checkpoints.ipynb #38011e49
+# %% ../nbs/02_checkpoints.ipynb #371d07f0
 _SEAL = b"mlvgm_mi sha256="  # 16 bytes, followed by 64 hexadecimal digits at the very end of the file
 
 
@@ -156,7 +165,8 @@ def save_state(
     the file that was there before stays.
     """
     with atomic_path(path) as temporary:
-        torch.save(dict(state), temporary)
+        with open(temporary, "wb") as file:
+            torch.save(dict(state), file)
         _torch_load(temporary, f"state for {path}")
         digest = file_digest(temporary)
         with open(temporary, "ab") as file:
@@ -175,13 +185,13 @@ def read_state(path: str | Path) -> dict[str, Any]:
         raise WeightsError(f"{path}: truncated, or not written by save_state; go back to an earlier state")
     if seal[len(_SEAL) :] != hashlib.sha256(body).hexdigest().encode():
         raise WeightsError(f"{path}: its bytes have changed since it was written; go back to an earlier state")
-    return _torch_load(path, path)
+    return _torch_load(io.BytesIO(body), path)
 
 
-def _torch_load(path: str | Path, name: str | Path) -> dict[str, Any]:
+def _torch_load(file: Path | io.BytesIO, name: str | Path) -> dict[str, Any]:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen types here
         lines = str(error).splitlines() or [type(error).__name__]
-        reason = next((line.strip() for line in lines if "Unsupported" in line), lines[0])
+        reason = next((line.strip() for line in lines if "Unsupported" in line), lines[0]).split(". Please")[0]
         raise WeightsError(f"{name}: not plain ({reason}); keep only tensors, numbers, strings, containers") from None
