@@ -1,0 +1,418 @@
+"""Losses against a second derivation, the training loop against being killed."""
+import math
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+from mlvgm_mi.checkpoints import WeightsError, save_weights
+from mlvgm_mi.contrastive import (
+    ENCODERS, OBJECTIVES, BatchSource, Contrastive, Objective, Repeated, SimCLR, Stream, TrainConfig, encode_views, fit,
+    load_encoder, save_encoder, seeded_init, small_resnet,
+)
+from mlvgm_mi.latents import rng_for
+
+STEPS = 9
+
+
+@dataclass
+class Noise:
+    "Random views by address; `fatal` is a step of the training at which `die` is called."
+    fatal: int | None = None
+    made: int = 0
+
+    def __len__(self):
+        return 4
+
+    def die(self):
+        raise InterruptedError("killed")
+
+    def batch(self, step, epoch=0):
+        if self.fatal == epoch * len(self) + step:
+            self.die()
+        self.made += 1
+        return torch.rand(8, 2, 1, 16, 16, generator=rng_for(0, "noise", epoch=epoch, step=step))
+
+
+class MovingTarget(Objective):
+    "As BYOL: a copy of the encoder that follows slowly, is no parameter, and must survive a resume."
+
+    def attach(self, encoder):
+        self.target = small_resnet(width=4)
+        self.target.load_state_dict(encoder.state_dict())
+        self.target.requires_grad_(False)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def step(self, encoder, views):
+        online, target = encode_views(encoder, views), encode_views(self.target, views)
+        return -nn.functional.cosine_similarity(online[:, 0].float(), target[:, 1].float()).mean()
+
+    def after_step(self, encoder, step):
+        self.calls += 1
+        assert step == self.calls
+        with torch.no_grad():
+            for mine, theirs in zip(self.target.parameters(), encoder.parameters()):
+                mine.lerp_(theirs, 0.1)
+
+
+def simclr():
+    return SimCLR(32)
+
+
+def run(objective=simclr, seed=0, **config):
+    return Contrastive(small_resnet(width=4, seed=seed), objective(), TrainConfig(steps=STEPS, warmup=2, **config))
+
+
+def assert_same(a, b):
+    for (name, x), y in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
+        assert torch.equal(x, y), name
+
+
+def plain(temperature=0.3, width=8):
+    "SimCLR without its head, in float64."
+    objective = SimCLR(width, temperature).double()
+    objective.head = nn.Identity()
+    return objective
+
+
+def draw(*shape, stream="features"):
+    return torch.randn(*shape, generator=rng_for(0, stream), dtype=torch.float64)
+
+
+# losses
+
+
+def reference(features, temperature):
+    "NT-Xent written out: one softmax per view, its partner the right answer."
+    unit = [row / row.square().sum().sqrt() for pair in features for row in pair]
+    total = 0.0
+    for a in range(len(unit)):
+        scores = {b: float(unit[a] @ unit[b]) / temperature for b in range(len(unit)) if b != a}
+        total += math.log(sum(math.exp(score) for score in scores.values())) - scores[a ^ 1]
+    return total / len(unit)
+
+
+@pytest.mark.parametrize("instances", [2, 5, 16])
+@pytest.mark.parametrize("temperature", [0.07, 0.1, 0.5, 2.0])
+def test_loss_is_the_formula(instances, temperature):
+    features = draw(instances, 2, 8)
+    assert plain(temperature)(features).item() == pytest.approx(reference(features, temperature), rel=1e-10)
+
+
+@pytest.mark.parametrize("temperature", [0.07, 0.1, 0.5])
+@pytest.mark.parametrize("instances", [2, 32, 128])
+def test_chance_is_log_of_the_candidates_at_every_temperature(instances, temperature):
+    "A hidden factor temperature / 0.07 would show at every temperature but 0.07."
+    equal = torch.ones(instances, 2, 8, dtype=torch.float64)
+    assert plain(temperature)(equal).item() == pytest.approx(math.log(2 * instances - 1), rel=1e-10)
+
+
+def test_loss_of_equal_partners_and_orthogonal_strangers():
+    features = torch.eye(8, dtype=torch.float64)[:6, None].repeat(1, 2, 1)
+    assert plain(0.3)(features).item() == pytest.approx(math.log(1 + 10 * math.exp(-1 / 0.3)), rel=1e-10)
+
+
+def test_loss_does_not_know_the_order_of_instances_or_views_or_the_length_of_vectors():
+    features = draw(7, 2, 8)
+    value = plain()(features)
+    for same in (features[torch.randperm(7, generator=rng_for(0, "order"))], features.flip(1), 3 * features):
+        torch.testing.assert_close(plain()(same), value)
+    assert not torch.isclose(plain()(torch.stack([features[:, 0], features[:, 1].roll(1, 0)], 1)), value)
+
+
+def test_more_views_average_over_pairs():
+    features = draw(6, 3, 8)
+    pairs = [plain()(features[:, pair]) for pair in ([0, 1], [0, 2], [1, 2])]
+    torch.testing.assert_close(plain()(features), torch.stack(pairs).mean())
+
+
+def test_gradients():
+    assert torch.autograd.gradcheck(plain(), draw(4, 2, 8).requires_grad_())
+
+
+@pytest.mark.parametrize("temperature", [0.0, -0.1])
+def test_temperature_must_be_positive(temperature):
+    with pytest.raises(ValueError, match=f"temperature={temperature}"):
+        SimCLR(8, temperature)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_objectives_train_the_encoder_and_their_heads(name):
+    module = run(lambda: OBJECTIVES[name](32))
+    before = {key: value.clone() for key, value in module.named_parameters()}
+    fit(module, Noise())
+    still = [key for key, value in module.named_parameters() if torch.equal(value, before[key])]
+    assert not still
+
+
+def test_objectives_see_float32_under_bfloat16():
+    class Spy(Objective):
+        def forward(self, features):
+            seen.append((features.dtype, torch.is_autocast_enabled("cpu")))
+            return features.square().mean()
+
+    seen = []
+    fit(run(Spy, precision="bf16-mixed"), Noise())
+    assert set(seen) == {(torch.float32, False)}
+
+
+def test_an_objective_without_forward_says_so():
+    with pytest.raises(NotImplementedError, match="Objective must define forward"):
+        Objective()(draw(2, 2, 8))
+
+
+# encoders
+
+
+@pytest.mark.parametrize(
+    "name, options, width",
+    [
+        ("small_resnet", {}, 128),
+        ("small_resnet", dict(channels=3, width=8, blocks=2, stem_stride=1), 64),
+        ("resnet50", dict(channels=1), 2048),
+    ],
+)
+def test_encoders_keep_their_promises_and_come_back_from_disk(name, options, width, tmp_path):
+    encoder = ENCODERS[name](**options, seed=3).eval()
+    images = torch.rand(2, options.get("channels", 1), 32, 32, generator=rng_for(0, "images"))
+    assert encoder(images).shape == (2, width) and encoder.num_features == width
+    back = load_encoder(save_encoder(tmp_path / "encoder.safetensors", encoder.to(memory_format=torch.channels_last)))
+    assert not back.training and back.config == encoder.config
+    assert_same(back, encoder)
+
+
+def test_first_weights_are_those_of_the_seed_and_nothing_else_moves():
+    before = torch.random.get_rng_state()
+    a, b, other = small_resnet(width=4), small_resnet(width=4), small_resnet(width=4, seed=1)
+    SimCLR(32)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert_same(a, b)
+    convolutions = [key for key, value in a.state_dict().items() if value.ndim == 4]
+    assert not any(torch.equal(a.state_dict()[key], other.state_dict()[key]) for key in convolutions)
+
+
+def test_seeded_init_restores_the_state_after_an_error():
+    before = torch.random.get_rng_state()
+    with pytest.raises(KeyError), seeded_init(0, "x"):
+        torch.rand(3)
+        raise KeyError
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_unknown_or_damaged_encoder_files(tmp_path):
+    path = save_weights(tmp_path / "a.safetensors", {"w": torch.ones(2)}, {"encoder": "vgg"})
+    with pytest.raises(WeightsError, match="'vgg'"):
+        load_encoder(path)
+    path = save_encoder(tmp_path / "b.safetensors", small_resnet(width=4))
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(WeightsError, match="b.safetensors"):
+        load_encoder(path)
+
+
+@pytest.mark.parametrize("option", ["channels", "width", "blocks", "stem_stride"])
+def test_sizes_of_zero_are_refused(option):
+    with pytest.raises(ValueError, match=f"{option}=0"):
+        small_resnet(**{option: 0})
+
+
+# configuration
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(steps=0), "steps"),
+        (dict(lr=0.0), "lr"),
+        (dict(weight_decay=-1.0), "weight_decay"),
+        (dict(steps=10, warmup=10), "warmup=10"),
+        (dict(optimiser="lars"), "'lars'.*adamw"),
+    ],
+)
+def test_senseless_configurations_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**options)
+
+
+@pytest.mark.parametrize("optimiser", ["adamw", "sgd"])
+def test_history_holds_the_learning_rates_that_were_used(optimiser):
+    class Spy(Contrastive):
+        def optimizer_step(self, epoch, index, optimizer, *args, **kwargs):
+            used.append([group["lr"] for group in optimizer.param_groups])
+            super().optimizer_step(epoch, index, optimizer, *args, **kwargs)
+
+    used, config = [], TrainConfig(steps=STEPS, warmup=3, lr=0.01, final_lr=0.1, optimiser=optimiser)
+    history = fit(Spy(small_resnet(width=4), simclr(), config), Noise())
+    assert [rates[0] for rates in used] == pytest.approx(history.lr.tolist()) and all(a == b for a, b in used)
+    assert history.lr.max() == pytest.approx(0.01) and history.lr.idxmax() == 3
+    assert history.step.tolist() == list(range(STEPS))
+
+
+def test_weight_decay_spares_norms_and_biases():
+    class Nothing(Objective):
+        def forward(self, features):
+            return 0 * features.sum()
+
+    module = run(Nothing, weight_decay=0.5, lr=0.1)
+    before = {key: value.clone() for key, value in module.named_parameters()}
+    fit(module, Noise())
+    for key, value in module.named_parameters():
+        assert torch.equal(value, before[key]) == (value.ndim <= 1), key
+        assert value.norm() <= before[key].norm()
+
+
+# bad batches
+
+
+@pytest.mark.parametrize(
+    "views, message",
+    [
+        (torch.rand(8, 1, 16, 16), r"\(8, 1, 16, 16\).*\(B, V, C, H, W\)"),
+        (torch.rand(1, 2, 1, 16, 16), "B=1"),
+        (torch.rand(8, 1, 1, 16, 16), "V=1"),
+        (torch.ones(8, 2, 1, 16, 16, dtype=torch.uint8), "uint8"),
+    ],
+)
+def test_bad_batches_are_named(views, message):
+    with pytest.raises(ValueError, match=message):
+        fit(run(), [views])
+
+
+def test_an_empty_source_is_named():
+    with pytest.raises(ValueError, match="no batches"):
+        fit(run(), [])
+
+
+@pytest.mark.parametrize("views, are", [(torch.full((8, 2, 1, 16, 16), math.nan), "are not"), (torch.rand(8, 2, 1, 16, 16), "are")])
+def test_a_loss_that_is_not_finite_stops_the_run(views, are):
+    module = run()
+    if are == "are":
+        nn.init.constant_(next(module.encoder.parameters()), math.inf)
+    with pytest.raises(FloatingPointError, match=rf"nan at step 0.*lr=.*\(they {are}\)"):
+        fit(module, [views])
+
+
+# sources
+
+
+def test_stream_is_the_same_from_everywhere_and_with_workers():
+    noise = Noise()
+    whole = list(Stream(noise, 0, 10))
+    assert len(whole) == 10 and not torch.equal(whole[0], whole[4])
+    for first, workers in [(0, 2), (3, 0), (7, 3)]:
+        part = list(Stream(noise, first, 10, workers))
+        assert all(torch.equal(a, b) for a, b in zip(part, whole[first:], strict=True))
+
+
+def test_lists_are_sources_in_disguise():
+    assert isinstance(Repeated([]), BatchSource) and isinstance(Noise(), BatchSource) and not isinstance([], BatchSource)
+    batches = [Noise().batch(step) for step in range(3)]
+    a, b = run(), run()
+    assert fit(a, batches).equals(fit(b, Repeated(batches)))
+    assert_same(a, b)
+
+
+# killed and resumed
+
+
+@pytest.fixture(scope="module", params=["simclr-adamw", "simclr-sgd", "simclr-float32", "target"])
+def case(request):
+    build = {
+        "simclr-adamw": lambda: run(),
+        "simclr-sgd": lambda: run(optimiser="sgd", lr=0.1),
+        "simclr-float32": lambda: run(precision="32-true"),
+        "target": lambda: run(MovingTarget),
+    }[request.param]
+    module = build()
+    return build, module, fit(module, Noise())
+
+
+@pytest.mark.parametrize("killed", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("every", [1, 2])
+def test_killed_and_resumed_is_uninterrupted(case, killed, every, tmp_path):
+    build, whole, history = case
+    with pytest.raises(InterruptedError):
+        fit(build(), Noise(fatal=killed), tmp_path, checkpoint_every=every)
+    resumed, source = build(), Noise()
+    assert fit(resumed, source, tmp_path, checkpoint_every=every).equals(history)
+    assert_same(resumed, whole)
+    assert source.made <= STEPS - (killed - 1) // every * every  # the loader is one batch ahead
+    assert len(list(tmp_path.glob("step-*.ckpt"))) == 2 and (tmp_path / "history.csv").exists()
+
+
+def test_killed_twice(case, tmp_path):
+    build, whole, history = case
+    for killed in (3, 6):
+        with pytest.raises(InterruptedError):
+            fit(build(), Noise(fatal=killed), tmp_path, checkpoint_every=1)
+    resumed = build()
+    assert fit(resumed, Noise(), tmp_path, checkpoint_every=1).equals(history)
+    assert_same(resumed, whole)
+
+
+def test_a_finished_run_is_read_back_without_a_batch(case, tmp_path):
+    build, whole, history = case
+    fit(build(), Noise(), tmp_path)
+    again, source = build(), Noise()
+    assert fit(again, source, tmp_path).equals(history) and source.made == 0
+    assert_same(again, whole)
+
+
+SCRIPT = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from test_contrastive import Noise, fit, run
+
+class Fatal(Noise):
+    def die(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+fit(run(), Fatal(fatal=6), sys.argv[2], checkpoint_every=2)
+"""
+
+
+def test_sigkill(tmp_path):
+    command = [sys.executable, "-c", SCRIPT, os.path.dirname(__file__), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert list(tmp_path.glob("step-*.ckpt"))
+    whole, resumed = run(), run()
+    assert fit(whole, Noise()).equals(fit(resumed, Noise(), tmp_path, checkpoint_every=2))
+    assert_same(whole, resumed)
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:-100], lambda content: content[:500] + b"x" + content[501:], lambda content: b""])
+@pytest.mark.parametrize("how_many", [1, 2])
+def test_damaged_checkpoints_are_passed_over(damage, how_many, tmp_path):
+    with pytest.raises(InterruptedError):
+        fit(run(), Noise(fatal=8), tmp_path, checkpoint_every=3)
+    paths = sorted(tmp_path.glob("step-*.ckpt"), reverse=True)
+    assert len(paths) == 2
+    for path in paths[:how_many]:
+        path.write_bytes(damage(path.read_bytes()))
+    whole, resumed = run(), run()
+    with pytest.warns(UserWarning, match="passing over"):
+        history = fit(resumed, Noise(), tmp_path, checkpoint_every=3)
+    assert history.equals(fit(whole, Noise()))
+    assert_same(whole, resumed)
+
+
+@pytest.mark.parametrize("other, named", [(dict(seed=1), "weights"), (dict(lr=0.5), "lr"), (dict(weight_decay=0.0), "weight_decay")])
+def test_the_folder_of_another_run_is_refused(other, named, tmp_path):
+    fit(run(), Noise(), tmp_path)
+    with pytest.raises(ValueError, match=f"other {named};"):
+        fit(run(**other), Noise(), tmp_path)
+
+
+def test_global_state_and_output_stay_alone(tmp_path, capfd):
+    module, before = run(), torch.random.get_rng_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(module, Noise(), tmp_path)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert capfd.readouterr() == ("", "")
