@@ -151,7 +151,7 @@ def load_into(
     module.load_state_dict(state)
     return module
 
-# %% ../nbs/02_checkpoints.ipynb #371d07f0
+# %% ../nbs/02_checkpoints.ipynb #461c65c3
 _SEAL = b"mlvgm_mi sha256="  # 16 bytes, followed by 64 hexadecimal digits at the very end of the file
 
 
@@ -173,7 +173,7 @@ def save_state(
             file.write(_SEAL + digest.encode())
     return Path(path)
 
-
+# %% ../nbs/02_checkpoints.ipynb #0989e62e
 def read_state(path: str | Path) -> dict[str, Any]:
     "A state of `save_state`, tensors on the CPU; raises `WeightsError` if missing, truncated, corrupt or foreign."
     try:

@@ -7,7 +7,7 @@ __all__ = ['ENCODERS', 'OBJECTIVES', 'OPTIMISERS', 'seeded_init', 'Encoder', 'sm
            'load_encoder', 'Objective', 'encode_views', 'SimCLR', 'BatchSource', 'Repeated', 'Stream', 'TrainConfig',
            'Contrastive', 'SealedIO', 'KeepLastTwo', 'fit']
 
-# %% ../nbs/09_contrastive.ipynb #39e7ac29
+# %% ../nbs/09_contrastive.ipynb #936761ff
 import hashlib
 import itertools
 import logging
@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping, Protocol, Sequence, runtime_checkable
+from typing import Any, Callable, Iterable, Iterator, Mapping, Protocol, Sequence, runtime_checkable
 
 import lightning
 import pandas as pd
@@ -31,7 +31,9 @@ from torch.utils.data import DataLoader
 from torchvision.models import resnet50 as torchvision_resnet50
 from torchvision.models.resnet import BasicBlock
 
-from .checkpoints import WeightsError, atomic_path, load_into, read_state, read_weights, save_state, save_weights
+from mlvgm_mi.checkpoints import (
+    WeightsError, atomic_path, load_into, read_state, read_weights, save_state, save_weights,
+)
 from .latents import rng_for
 
 # %% ../nbs/09_contrastive.ipynb #276d5f04
@@ -59,7 +61,7 @@ class Encoder(nn.Module):
         "`(B, num_features)`."
         return self.body(2 * images - 1)
 
-# %% ../nbs/09_contrastive.ipynb #481c793d
+# %% ../nbs/09_contrastive.ipynb #c42925a1
 def small_resnet(
     channels: int = 1,  # of the images
     width: int = 16,  # channels of the first of four stages; each next one has twice as many
@@ -67,12 +69,13 @@ def small_resnet(
     stem_stride: int = 2,  # 1 keeps the resolution and costs four times as much
     seed: int = 0,  # of the first weights
 ) -> Encoder:
-    "A ResNet for small images with `8 * width` features; He et al. 2016, with the last norm of each block starting at zero."
+    "A ResNet for small images with `8 * width` features (He et al. 2016); each block starts as its shortcut."
     if min(channels, width, blocks, stem_stride) < 1:
         raise ValueError(f"{channels=}, {width=}, {blocks=} and {stem_stride=} must be at least 1")
     config = dict(encoder="small_resnet", channels=channels, width=width, blocks=blocks, stem_stride=stem_stride)
     with seeded_init(seed, "encoder"):
-        layers = [nn.Conv2d(channels, width, 3, stem_stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+        stem = nn.Conv2d(channels, width, 3, stem_stride, 1, bias=False)
+        layers = [stem, nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
         for stage in range(4):
             inputs, outputs = width * 2 ** max(stage - 1, 0), width * 2**stage
             layers.append(_block(inputs, outputs, stride=1 if stage == 0 else 2))
@@ -122,15 +125,15 @@ def load_encoder(path: str | Path) -> Encoder:
         raise WeightsError(f"{path}: holds encoder {name!r}, known are {', '.join(ENCODERS)}; register it in ENCODERS")
     return load_into(ENCODERS[name](**config), state, path).eval()
 
-# %% ../nbs/09_contrastive.ipynb #22299b34
+# %% ../nbs/09_contrastive.ipynb #e1aecd5e
 class Objective(nn.Module):
-    "A loss over features with heads of its own. Subclasses define `forward`; the other methods are there to be overridden."
+    "A loss over features with heads of its own. Subclasses define `forward`, and override the rest if they must."
 
     def attach(self, encoder: nn.Module) -> None:
         "Called once, before training and before any checkpoint is restored; a target network is copied here."
 
     def step(self, encoder: nn.Module, views: Tensor) -> Tensor:
-        "The loss of a batch of views `(B, V, C, H, W)`: features in the precision of the surroundings, the rest in float32."
+        "The loss of views `(B, V, C, H, W)`: features in the precision of the surroundings, the rest in float32."
         features = encode_views(encoder, views)
         with torch.autocast(views.device.type, enabled=False):
             return self(features.float())
@@ -223,7 +226,7 @@ class Stream:
         own = torch.Generator()  # else the loader draws from the global state
         return iter(DataLoader(_ByStep(self.source), None, sampler=steps, num_workers=self.workers, generator=own))
 
-# %% ../nbs/09_contrastive.ipynb #5b94483f
+# %% ../nbs/09_contrastive.ipynb #47f75420
 OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": partial(torch.optim.SGD, momentum=0.9),
     "adamw": torch.optim.AdamW,
@@ -234,7 +237,7 @@ OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 class TrainConfig:
     "How to train; raises `ValueError` for values that make no sense."
     steps: int = 1000  # updates of the weights
-    lr: float = 2e-3  # at the end of the warm-up
+    lr: float = 5e-3  # at the end of the warm-up
     weight_decay: float = 1e-4  # of matrices and filters; biases and norms are left alone
     warmup: int = 50  # steps of linear warm-up
     final_lr: float = 0.0  # share of `lr` at which the cosine ends
@@ -250,45 +253,45 @@ class TrainConfig:
             raise ValueError(f"optimiser={self.optimiser!r} is unknown; choose one of {', '.join(OPTIMISERS)}")
 
     def lr_factor(self, step: int) -> float:
-        "Share of `lr` used for the update after `step` updates: up to 1 in `warmup` steps, down to `final_lr` in the rest."
+        "Share of `lr` for the update after `step` updates: up to 1 in `warmup` steps, then down to `final_lr`."
         if step < self.warmup:
             return (step + 1) / (self.warmup + 1)
         progress = (step - self.warmup) / (self.steps - self.warmup)
         return self.final_lr + (1 - self.final_lr) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
 
-# %% ../nbs/09_contrastive.ipynb #4a0775de
+    def build_optimiser(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        "The optimiser of those parameters that are trained."
+        trained = [p for p in parameters if p.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.weight_decay},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        return OPTIMISERS[self.optimiser](groups, lr=self.lr)
+
+# %% ../nbs/09_contrastive.ipynb #724b9cdb
 class Contrastive(lightning.LightningModule):
     "An encoder, an objective and how to train them. Train with `fit`; afterwards `module.encoder` is the result."
 
-    def __init__(self, encoder: Encoder, objective: Objective, config: TrainConfig = TrainConfig()):
+    def __init__(self, encoder: Encoder, objective: Objective, config: TrainConfig = TrainConfig()):  # noqa: B008 (frozen)
         super().__init__()
         self.encoder = encoder.to(memory_format=torch.channels_last)
         self.objective, self.config = objective, config
         objective.attach(self.encoder)
         self.history: list[tuple[int, float, float]] = []  # step, loss, learning rate
-        self.origin = dict(asdict(config), weights=_digest(self.state_dict()))
+        self.origin = asdict(config) | {"weights": _digest(self.state_dict())}
 
     def training_step(self, views: Tensor, index: int) -> Tensor:
-        "The loss of one batch; raises `ValueError` for a batch of a wrong shape, `FloatingPointError` if the loss is not finite."
+        "The loss of a batch; `ValueError` for views of a wrong shape, `FloatingPointError` if the loss is not finite."
         _check_views(views)
-        loss, step = self.objective.step(self.encoder, views), self.global_step
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss.item()} at step {step}; lower lr={self.config.lr} or lengthen the warm-up, and check "
-                f"that the views are finite (they {'are' if views.isfinite().all() else 'are not'})"
-            )
+        loss, step = self.objective.step(self.encoder, views), len(self.history)
+        _check_loss(loss, step, views, self.config)
         self.history.append((step, loss.item(), self.config.lr * self.config.lr_factor(step)))
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
         return loss
 
     def configure_optimizers(self) -> dict[str, Any]:
         "The optimiser of the config, with a schedule that moves every step."
-        trained = [p for p in self.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.config.weight_decay},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        optimiser = OPTIMISERS[self.config.optimiser](groups, lr=self.config.lr)
+        optimiser = self.config.build_optimiser(self.parameters())
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, self.config.lr_factor)
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -305,7 +308,7 @@ class Contrastive(lightning.LightningModule):
         "Takes the history back."
         self.history = [tuple(row) for row in checkpoint["history"]]
 
-
+# %% ../nbs/09_contrastive.ipynb #e926e03c
 def _digest(state: Mapping[str, Tensor]) -> str:
     "SHA-256 of the values."
     digest = hashlib.sha256()
@@ -313,7 +316,7 @@ def _digest(state: Mapping[str, Tensor]) -> str:
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
-# %% ../nbs/09_contrastive.ipynb #3c820352
+# %% ../nbs/09_contrastive.ipynb #4859a3fc
 def _check_views(views: Tensor) -> None:
     if views.ndim != 5:
         raise ValueError(f"views has shape {tuple(views.shape)}, expected (B, V, C, H, W); stack the views at axis 1")
@@ -325,7 +328,16 @@ def _check_views(views: Tensor) -> None:
             "raise the batch size (drop a last batch of one) or the number of views"
         )
 
-# %% ../nbs/09_contrastive.ipynb #df9eaf78
+
+def _check_loss(loss: Tensor, step: int, views: Tensor, config: TrainConfig) -> None:
+    if not torch.isfinite(loss):
+        are = "are" if views.isfinite().all() else "are not"
+        raise FloatingPointError(
+            f"the loss is {loss.item()} at step {step}; lower lr={config.lr}, lengthen the warm-up, "
+            f"and check that the views are finite (they {are})"
+        )
+
+# %% ../nbs/09_contrastive.ipynb #2d4f6966
 class SealedIO(CheckpointIO):
     "Lightning checkpoints as files of `save_state`: written whole, sealed, read without executing anything."
 
@@ -333,7 +345,7 @@ class SealedIO(CheckpointIO):
         "Writes a checkpoint."
         save_state(path, checkpoint)
 
-    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
+    def load_checkpoint(self, path: str | Path, *_: Any, **__: Any) -> dict[str, Any]:
         "Reads one; raises `WeightsError` if it is damaged."
         return read_state(path)
 
@@ -380,48 +392,14 @@ def _last_whole(folder: Path, origin: Mapping[str, Any]) -> tuple[Path | None, d
         return path, checkpoint
     return None, {}
 
-# %% ../nbs/09_contrastive.ipynb #028fd390
-def fit(
-    module: Contrastive,
-    source: BatchSource | Sequence[Tensor],  # a source, or a plain list of batches to be repeated
-    checkpoint_folder: str | Path | None = None,  # None: nothing is written and nothing resumed
-    checkpoint_every: int = 200,  # steps
-    workers: int = 0,  # processes that make batches; 0: this one
-    trainer_options: Mapping[str, Any] | None = None,  # more for Lightning's Trainer: devices, strategy, ...
-) -> pd.DataFrame:
-    """Trains `module` in place for `module.config.steps` and returns its history: step, loss, lr.
-
-    Killed at any step and called again with a module built the same way, it goes on from the last checkpoint in the folder and
-    ends with the same weights, bit for bit, as if nothing had happened. Raises `ValueError` if the folder belongs to another run.
-    """
-    source = source if isinstance(source, BatchSource) else Repeated(source)
-    if len(source) < 1:
-        raise ValueError("source has no batches; check its size against its batch size")
-    folder, stop = Path(checkpoint_folder) if checkpoint_folder else None, module.config.steps
-    path, checkpoint = _last_whole(folder, module.origin) if folder else (None, {})
-    first = checkpoint.get("global_step", 0)
-    if first < stop:
-        with _quiet():
-            trainer = _trainer(module.config, [KeepLastTwo(folder, checkpoint_every)] if folder else [], trainer_options)
-            trainer.fit(module, Stream(source, first, stop, workers), ckpt_path=path, weights_only=True)
-    else:
-        module.on_load_checkpoint(checkpoint)
-        module.load_state_dict(checkpoint["state_dict"])
-    return _write_history(module, folder)
-
-
-def _trainer(config: TrainConfig, callbacks: list[lightning.Callback], options: Mapping[str, Any] | None) -> lightning.Trainer:
-    quiet = dict(logger=False, enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=sys.stderr.isatty())
+# %% ../nbs/09_contrastive.ipynb #3faa0229
+def _trainer(
+    config: TrainConfig, callbacks: list[lightning.Callback], options: Mapping[str, Any] | None
+) -> lightning.Trainer:
+    quiet = dict(logger=False, enable_checkpointing=False, enable_model_summary=False)
     common = dict(max_steps=config.steps, precision=config.precision, callbacks=callbacks, plugins=[SealedIO()])
-    return lightning.Trainer(**dict(accelerator="auto", devices=1) | common | quiet | dict(options or {}))
-
-
-def _write_history(module: Contrastive, folder: Path | None) -> pd.DataFrame:
-    history = pd.DataFrame(module.history, columns=["step", "loss", "lr"])
-    if folder:
-        with atomic_path(folder / "history.csv") as path:
-            history.to_csv(path, index=False)
-    return history
+    device = dict(accelerator="auto", devices=1, enable_progress_bar=sys.stderr.isatty())
+    return lightning.Trainer(**(quiet | common | device | dict(options or {})))
 
 
 @contextmanager
@@ -438,3 +416,43 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels):
             logger.setLevel(level)
+
+# %% ../nbs/09_contrastive.ipynb #59362d8e
+def fit(
+    module: Contrastive,
+    source: BatchSource | Sequence[Tensor],  # a source, or a plain list of batches to be repeated
+    checkpoint_folder: str | Path | None = None,  # None: nothing is written and nothing resumed
+    checkpoint_every: int = 200,  # steps
+    workers: int = 0,  # processes that make batches; 0: this one
+    trainer_options: Mapping[str, Any] | None = None,  # more for Lightning's Trainer: devices, strategy, ...
+) -> pd.DataFrame:
+    """Trains `module` in place for `module.config.steps` and returns its history: step, loss, lr.
+
+    Killed at any step and called again with a module built the same way, it goes on from the last checkpoint in
+    the folder and ends with the same weights, bit for bit, as if nothing had happened. Raises `ValueError` if the
+    folder belongs to another run.
+    """
+    source = source if isinstance(source, BatchSource) else Repeated(source)
+    if len(source) < 1:
+        raise ValueError("source has no batches; check its size against its batch size")
+    folder, stop = Path(checkpoint_folder) if checkpoint_folder else None, module.config.steps
+    path, checkpoint = _last_whole(folder, module.origin) if folder else (None, {})
+    first = checkpoint.get("global_step", 0)
+    if first < stop:
+        callbacks = [KeepLastTwo(folder, checkpoint_every)] if folder else []
+        with _quiet():
+            trainer = _trainer(module.config, callbacks, trainer_options)
+            trainer.fit(module, Stream(source, first, stop, workers), ckpt_path=path, weights_only=True)
+    else:
+        module.on_load_checkpoint(checkpoint)
+        module.load_state_dict(checkpoint["state_dict"])
+    return _history(module, folder)
+
+
+def _history(module: Contrastive, folder: Path | None) -> pd.DataFrame:
+    "The history as a frame, also written to `folder`."
+    history = pd.DataFrame(module.history, columns=["step", "loss", "lr"])
+    if folder:
+        with atomic_path(folder / "history.csv") as path:
+            history.to_csv(path, index=False)
+    return history

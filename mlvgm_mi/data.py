@@ -146,7 +146,7 @@ class PackedFile:
             raise RouteError(f"{path} has the wrong content (sha256 {found[:12]}..., expected {self.sha256[:12]}...)")
         return content
 
-# %% ../nbs/03_data.ipynb #6e6ac674
+# %% ../nbs/03_data.ipynb #b17f78ec
 class NotHere(RouteError):
     "Nothing wrong, there is just nothing to be had on this route."
 
@@ -159,7 +159,7 @@ class Route(Protocol):
         "The folder where `files` should be, `scratch` if they had to be fetched; raises `RouteError`."
         ...
 
-
+# %% ../nbs/03_data.ipynb #95a2d937
 @dataclass(frozen=True)
 class NamedFolder:
     "A folder that somebody named, or a place below it where the files usually are."

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from .data import ImageSet, Splits, stratified_split
 from .latents import rng_for
 
-# %% ../nbs/10_evaluate.ipynb #d9ab1b6f
+# %% ../nbs/10_evaluate.ipynb #b8efbea7
 def features(
     encoder: nn.Module,  # (B, C, H, W) in [0, 1] -> (B, D)
     images: ImageSet | Tensor,  # an image set, or (N, C, H, W): bytes, or floats in [0, 1]
@@ -39,7 +39,7 @@ def features(
         blocks = [encoder(_floats(part).to(device)).float().cpu() for part in _parts(images, batch)]
     found = torch.cat(blocks)
     if found.shape[:1] != images.shape[:1] or found.ndim != 2:
-        raise ValueError(f"encoder gave {tuple(found.shape)} for {len(images)} images, expected (N, D); flatten its output")
+        raise ValueError(f"encoder gave {tuple(found.shape)} for {len(images)} images, expected (N, D); flatten it")
     if not found.isfinite().all():
         raise ValueError("encoder gave features that are not finite; its weights are damaged or its training diverged")
     return found
@@ -69,7 +69,7 @@ class _frozen:
         for part, mode in self.modes.items():
             part.training = mode
 
-# %% ../nbs/10_evaluate.ipynb #a4a3adbd
+# %% ../nbs/10_evaluate.ipynb #f2853a5d
 Labelled = tuple[Tensor, Tensor]  # features (N, D) and classes (N,)
 
 
@@ -85,14 +85,16 @@ def _check_labelled(**splits: Labelled) -> None:
     widths = {name: x.shape[-1] for name, (x, _) in splits.items()}
     for name, (x, y) in splits.items():
         if x.ndim != 2 or y.shape != x.shape[:1] or not len(x):
-            raise ValueError(f"{name} has features {tuple(x.shape)} and labels {tuple(y.shape)}, expected (N, D) and (N,)")
+            raise ValueError(
+                f"{name} has features {tuple(x.shape)} and labels {tuple(y.shape)}, expected (N, D) and (N,), N > 0"
+            )
     if len(set(widths.values())) > 1:
         raise ValueError(f"splits have features of different widths {widths}; compute them with the same encoder")
     unseen = set(splits["val"][1].tolist()) - set(splits["train"][1].tolist())
     if unseen:
         raise ValueError(f"val has classes {sorted(unseen)} of which train has no example; split by class")
 
-# %% ../nbs/10_evaluate.ipynb #c752b02c
+# %% ../nbs/10_evaluate.ipynb #59f25f35
 DECAYS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 
 
@@ -103,7 +105,7 @@ def linear_probe(
     decays: Sequence[float] = DECAYS,  # weight decay against the mean loss in nats
     iterations: int = 100,  # of L-BFGS per decay
 ) -> ProbeResult:
-    "Logistic regression on standardised features; `choice` is the decay. Raises `ValueError` for shapes that do not fit."
+    "Logistic regression on standardised features; `choice` is the decay. `ValueError` for shapes that do not fit."
     _check_labelled(train=train, val=val, test=test)
     mean, std = train[0].mean(0), train[0].std(0, correction=0).clamp_min(1e-6)
     (x, y), *others = [(((x - mean) / std).numpy(), y.numpy()) for x, y in (train, val, test)]
@@ -154,7 +156,7 @@ def _knn_accuracies(train: Labelled, queries: Labelled, ks: Sequence[int], block
         right += (winners == y).sum(1)
     return (right / len(queries[1])).tolist()
 
-# %% ../nbs/10_evaluate.ipynb #40c73259
+# %% ../nbs/10_evaluate.ipynb #f084672b
 def few_label_probe(
     train: Labelled,
     val: Labelled,
@@ -168,14 +170,14 @@ def few_label_probe(
     x, y = train
     n, classes = round(share * len(y)), len(y.unique())
     if not 0 < share < 1 or n < classes:
-        raise ValueError(f"share={share} of {len(y)} labels is {n}, but there are {classes} classes; choose more, below 1")
+        raise ValueError(f"share={share} of {len(y)} labels is {n} for {classes} classes; choose more, below 1")
     results = []
     for draw in range(draws):
         chosen, _ = stratified_split(y, n, rng_for(seed, "few-labels", step=draw))
         results.append(linear_probe((x[chosen], y[chosen]), val, test))
     return results
 
-# %% ../nbs/10_evaluate.ipynb #db8b033e
+# %% ../nbs/10_evaluate.ipynb #07f1e7b4
 SHARES = {"linear_1pct": 0.01, "linear_10pct": 0.1}
 
 
@@ -192,13 +194,13 @@ def judge(
     results = {"linear": [linear_probe(**data)], "knn": [knn(**data)]}
     results |= {name: few_label_probe(**data, share=share, seed=seed) for name, share in shares.items()}
     rows = [
-        {"probe": probe, "dataset": dataset, "split": split, "accuracy": float(np.mean([getattr(r, split) for r in draws]))}
+        (probe, dataset, split, float(np.mean([getattr(draw, split) for draw in draws])))
         for probe, draws in results.items()
         for split in ("val", "test")
     ]
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=["probe", "dataset", "split", "accuracy"])
 
-# %% ../nbs/10_evaluate.ipynb #c7cc04d3
+# %% ../nbs/10_evaluate.ipynb #39e17e62
 @dataclass(frozen=True)
 class Interval:
     "A mean and its confidence interval."
@@ -219,7 +221,7 @@ def confidence_interval(
     values: Sequence[float],  # one per seed
     level: float = 0.95,  # probability that intervals made this way hold the mean, in (0, 1)
 ) -> Interval:
-    "Student's t interval of the mean of independent values; raises `ValueError` for fewer than two or values not finite."
+    "Student's t interval of the mean of independent values; `ValueError` for fewer than two or values not finite."
     values = np.asarray(list(values), dtype=np.float64)
     if values.ndim != 1 or len(values) < 2:
         raise ValueError(f"values has {values.size} value(s), an interval needs at least 2; run more seeds")
@@ -243,7 +245,7 @@ def paired_difference(
         raise ValueError(f"a has seeds {sorted(a)}, b has seeds {sorted(b)}; pairs need the same ones")
     return confidence_interval([a[seed] - b[seed] for seed in a], level)
 
-# %% ../nbs/10_evaluate.ipynb #e0b9111c
+# %% ../nbs/10_evaluate.ipynb #8bcbb754
 def alignment_uniformity(
     features: Tensor,  # (B, V, D); made unit vectors here
     sharpness: float = 2.0,  # t of the potential exp(-t |u - v|^2)
@@ -252,7 +254,9 @@ def alignment_uniformity(
     if features.ndim != 3 or min(features.shape[:2]) < 2:
         raise ValueError(f"features has shape {tuple(features.shape)}, expected (B, V, D) with B and V of at least 2")
     unit = nn.functional.normalize(features.double(), dim=-1)
-    alignment = torch.stack([torch.pdist(views).square().mean() for views in unit]).mean()
+    count = unit.shape[1]
+    distances = (unit[:, :, None] - unit[:, None]).square().sum(-1)  # (B, V, V), zero where a view meets itself
+    alignment = distances.sum((1, 2)).mean() / (count * (count - 1))
     potentials = torch.stack([torch.pdist(view).square().mul(-sharpness).exp().mean() for view in unit.unbind(1)])
     return float(alignment), float(potentials.log().mean())
 

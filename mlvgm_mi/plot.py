@@ -137,7 +137,7 @@ def _require_one(frame: pd.DataFrame, names: Sequence[str], advice: str) -> None
         if len(values) > 1:
             raise ValueError(f"frame mixes {name} = {', '.join(map(str, values[:5]))}; {advice}")
 
-# %% ../nbs/01_plot.ipynb #887ff529
+# %% ../nbs/01_plot.ipynb #3722787d
 def _mean_over_seeds(frame: pd.DataFrame) -> pd.DataFrame:
     "Columns strength, mi_nats, se: mean over seeds, and its standard error from within and between seeds."
     groups = frame.groupby("strength", sort=True)
@@ -149,8 +149,9 @@ def _mean_over_seeds(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _draw_curves(ax: Axes, frame: pd.DataFrame, colours: dict[str, tuple]) -> None:
     "One generator and step: lines, bands, ceiling."
-    advice = "select one of them, their nats do not compare"
-    _require_one(frame, ["estimator", "n", "sigma_x", "ceiling"], advice)
+    _require_one(frame, ["estimator", "n", "sigma_x", "ceiling"], "select one of them, their nats do not compare")
+    if not np.isfinite(frame["mi_nats"]).all():
+        raise ValueError("frame has values of mi_nats that are not finite; find out why and drop those rows")
     for group, colour in colours.items():
         line = _mean_over_seeds(frame[frame["group"] == group])
         low, high = line["mi_nats"] - 1.96 * line["se"], line["mi_nats"] + 1.96 * line["se"]
@@ -192,7 +193,7 @@ def impact_curves(
     axes[0].set_ylabel("nats shared with the anchor")
     return axes[0]
 
-# %% ../nbs/01_plot.ipynb #172f9541
+# %% ../nbs/01_plot.ipynb #fe736a77
 def _t_interval(values: np.ndarray) -> tuple[float, float]:
     "Mean and half-width of the 95% t-interval, NaN for a single value."
     if len(values) < 2:
@@ -204,7 +205,7 @@ def _t_interval(values: np.ndarray) -> tuple[float, float]:
 def _rows(frame: pd.DataFrame, by: Sequence[str]) -> dict[str, np.ndarray]:
     "Label -> accuracies in percent, one per seed, in the order of the frame."
     _require_columns(frame, [*by, "seed", "accuracy"])
-    low, high = frame["accuracy"].min(), frame["accuracy"].max()
+    low, high = frame["accuracy"].min(skipna=False), frame["accuracy"].max(skipna=False)
     if not 0 <= low <= high <= 1:
         raise ValueError(f"accuracy spans [{low:.4g}, {high:.4g}], expected fractions in [0, 1]; divide percent by 100")
     twice = frame[frame.duplicated([*by, "seed"], keep=False)]

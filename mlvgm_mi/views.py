@@ -171,7 +171,7 @@ AUGMENTATIONS: dict[str, Augmentation] = {
     "simclr": Augmentation(RandomResizedCrop(), HorizontalFlip(), ColorJitter(), Grayscale()),
 }
 
-# %% ../nbs/08_views.ipynb #c5ce98d5
+# %% ../nbs/08_views.ipynb #6861f10c
 @dataclass(eq=False, kw_only=True)
 class ViewSource(IterableDataset):
     """Base class: batches `(B, V, C, H, W)`, floats in `[0, 1]`, that depend on seed, epoch, step and rank alone.
@@ -187,12 +187,7 @@ class ViewSource(IterableDataset):
     world_size: int = 1
 
     def __post_init__(self):
-        for name, low in {"batch_size": 2, "views": 2, "steps_per_epoch": 1, "world_size": 1}.items():
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise ValueError(f"{name}={value} must be at least {low}; contrast needs 2 anchors with 2 views each")
-        if not 0 <= self.rank < self.world_size:
-            raise ValueError(f"rank={self.rank} must lie between 0 and world_size - 1 = {self.world_size - 1}")
+        _check_plan(self)
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def draw(self, step: int, epoch: int) -> Tensor:
@@ -230,6 +225,15 @@ class ViewSource(IterableDataset):
     def __getstate__(self) -> dict[str, Any]:
         rank, world_size = self.place()
         return self.__dict__ | {"rank": rank, "world_size": world_size}
+
+# %% ../nbs/08_views.ipynb #25c18240
+def _check_plan(source: ViewSource) -> None:
+    for name, low in {"batch_size": 2, "views": 2, "steps_per_epoch": 1, "world_size": 1}.items():
+        value = getattr(source, name)
+        if value is not None and value < low:
+            raise ValueError(f"{name}={value} must be at least {low}; contrast needs 2 anchors with 2 views each")
+    if not 0 <= source.rank < source.world_size:
+        raise ValueError(f"rank={source.rank} must lie between 0 and world_size - 1 = {source.world_size - 1}")
 
 
 def view_loader(

@@ -66,7 +66,8 @@ def simclr():
 
 
 def run(objective=simclr, seed=0, **config):
-    return Contrastive(small_resnet(width=4, seed=seed), objective(), TrainConfig(steps=STEPS, warmup=2, **config))
+    config = dict(steps=STEPS, warmup=2) | config
+    return Contrastive(small_resnet(width=4, seed=seed), objective(), TrainConfig(**config))
 
 
 def assert_same(a, b):
@@ -288,13 +289,16 @@ def test_an_empty_source_is_named():
         fit(run(), [])
 
 
-@pytest.mark.parametrize("views, are", [(torch.full((8, 2, 1, 16, 16), math.nan), "are not"), (torch.rand(8, 2, 1, 16, 16), "are")])
-def test_a_loss_that_is_not_finite_stops_the_run(views, are):
+def test_views_that_are_not_finite_stop_the_run():
+    with pytest.raises(FloatingPointError, match=r"nan at step 0.*\(they are not\)"):
+        fit(run(), [torch.full((8, 2, 1, 16, 16), math.nan)])
+
+
+def test_weights_that_are_not_finite_stop_the_run():
     module = run()
-    if are == "are":
-        nn.init.constant_(next(module.encoder.parameters()), math.inf)
-    with pytest.raises(FloatingPointError, match=rf"nan at step 0.*lr=.*\(they {are}\)"):
-        fit(module, [views])
+    nn.init.constant_(next(module.encoder.parameters()), math.inf)
+    with pytest.raises(FloatingPointError, match=r"nan at step 0.*lr=.*\(they are\)"):
+        fit(module, Noise())
 
 
 # sources
@@ -304,13 +308,14 @@ def test_stream_is_the_same_from_everywhere_and_with_workers():
     noise = Noise()
     whole = list(Stream(noise, 0, 10))
     assert len(whole) == 10 and not torch.equal(whole[0], whole[4])
-    for first, workers in [(0, 2), (3, 0), (7, 3)]:
+    for first, workers in [(0, 2), (3, 0), (7, 2)]:
         part = list(Stream(noise, first, 10, workers))
         assert all(torch.equal(a, b) for a, b in zip(part, whole[first:], strict=True))
 
 
 def test_lists_are_sources_in_disguise():
-    assert isinstance(Repeated([]), BatchSource) and isinstance(Noise(), BatchSource) and not isinstance([], BatchSource)
+    assert isinstance(Repeated([]), BatchSource) and isinstance(Noise(), BatchSource)
+    assert not isinstance([], BatchSource)
     batches = [Noise().batch(step) for step in range(3)]
     a, b = run(), run()
     assert fit(a, batches).equals(fit(b, Repeated(batches)))
@@ -332,8 +337,7 @@ def case(request):
     return build, module, fit(module, Noise())
 
 
-@pytest.mark.parametrize("killed", [1, 2, 3, 5, 8])
-@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("killed, every", [(1, 1), (1, 2), (3, 1), (6, 2), (8, 3)])
 def test_killed_and_resumed_is_uninterrupted(case, killed, every, tmp_path):
     build, whole, history = case
     with pytest.raises(InterruptedError):
@@ -386,7 +390,14 @@ def test_sigkill(tmp_path):
     assert_same(whole, resumed)
 
 
-@pytest.mark.parametrize("damage", [lambda content: content[:-100], lambda content: content[:500] + b"x" + content[501:], lambda content: b""])
+DAMAGE = {
+    "cut short": lambda content: content[:-100],
+    "a bit turned": lambda content: content[:500] + bytes([content[500] ^ 1]) + content[501:],
+    "empty": lambda content: b"",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 @pytest.mark.parametrize("how_many", [1, 2])
 def test_damaged_checkpoints_are_passed_over(damage, how_many, tmp_path):
     with pytest.raises(InterruptedError):
@@ -402,7 +413,7 @@ def test_damaged_checkpoints_are_passed_over(damage, how_many, tmp_path):
     assert_same(whole, resumed)
 
 
-@pytest.mark.parametrize("other, named", [(dict(seed=1), "weights"), (dict(lr=0.5), "lr"), (dict(weight_decay=0.0), "weight_decay")])
+@pytest.mark.parametrize("other, named", [(dict(seed=1), "weights"), (dict(lr=0.5), "lr"), (dict(warmup=1), "warmup")])
 def test_the_folder_of_another_run_is_refused(other, named, tmp_path):
     fit(run(), Noise(), tmp_path)
     with pytest.raises(ValueError, match=f"other {named};"):

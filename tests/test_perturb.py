@@ -1,4 +1,4 @@
-"Perturbations move what they should and nothing else; recipes survive a file; strengths derived from MI obey the closed form."
+"Perturbations move what they should and nothing else; recipes survive a file; guided strengths obey the closed form."
 import itertools
 import math
 from dataclasses import replace
@@ -198,7 +198,7 @@ def test_a_bad_recipe_file_names_file_key_and_value(tmp_path, text, problem):
 
 def test_a_recipe_does_not_run_code(tmp_path):
     path, flag = tmp_path / "bad.yaml", tmp_path / "flag"
-    path.write_text(f"strengths: !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path ['{flag}']]")
+    path.write_text(f"strengths: !!python/object/apply:os.mkdir ['{flag}']")
     with pytest.raises(ValueError, match=r"bad\.yaml"):
         Recipe.from_yaml(path)
     assert not flag.exists()

@@ -141,7 +141,8 @@ def curve(ax, label):
 def band(ax, index):
     "(strength, low, high) rows of the band drawn as number `index`."
     points = ax.collections[index].get_paths()[0].vertices
-    return {x: (points[points[:, 0] == x, 1].min(), points[points[:, 0] == x, 1].max()) for x in np.unique(points[:, 0])}
+    columns = {x: points[points[:, 0] == x, 1] for x in np.unique(points[:, 0])}
+    return {x: (column.min(), column.max()) for x, column in columns.items()}
 
 
 def test_curves_run_along_strength_in_the_order_of_the_layout():
@@ -188,6 +189,12 @@ def test_generators_and_steps_get_panels():
 def test_what_does_not_compare_is_not_averaged(column, value):
     with pytest.raises(ValueError, match=f"frame mixes {column} = .*, {value}; select one"):
         impact_curves(pd.concat([impact(), impact(**{column: value})]))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_estimate_that_failed_is_not_left_out_in_silence(value):
+    with pytest.raises(ValueError, match="frame has values of mi_nats that are not finite"):
+        impact_curves(pd.concat([impact(), impact(seed=1).assign(mi_nats=value)]))
 
 
 @pytest.mark.parametrize("column", IMPACT_COLUMNS)
@@ -243,7 +250,8 @@ def test_rows_may_be_named_by_several_columns():
 @pytest.mark.parametrize("frame, message", [
     (scores(a=[80.7]), r"accuracy spans \[80.7, 80.7\], expected fractions in \[0, 1\]; divide percent by 100"),
     (scores(a=[float("nan")]), "accuracy spans"),
-    (pd.concat([scores(a=[0.5]), scores(a=[0.6]).assign(probe="knn")]), "frame has 2 rows that share source, seed; select"),
+    (scores(a=[0.5, float("nan"), 0.6]), "accuracy spans"),
+    (pd.concat([scores(a=[0.5]), scores(a=[0.6])]), "frame has 2 rows that share source, seed; select one probe"),
     (scores(a=[0.5]).drop(columns="seed"), "frame lacks the columns seed"),
     (scores(a=[0.5]).iloc[:0], "frame has no rows"),
 ])
@@ -258,7 +266,8 @@ DRAW = """
 import sys
 import pandas as pd
 from mlvgm_mi.plot import accuracy_bars, save_figure
-frame = pd.DataFrame([dict(source=f"s{i}", seed=j, accuracy=0.5 + i / 10 + j / 100) for i in range(3) for j in range(3)])
+rows = [dict(source=f"s{i}", seed=j, accuracy=0.5 + i / 10 + j / 100) for i in range(3) for j in range(3)]
+frame = pd.DataFrame(rows)
 save_figure(accuracy_bars(frame, "source").figure, sys.argv[1])
 """
 

@@ -46,8 +46,8 @@ def latents(views):
 
 def continuous(**changes):
     generator = Window()
-    settings = dict(perturb=Perturb(generator.layout, {"a": Additive(1), "b": Additive(1)}), augment=NONE, batch_size=16,
-                    steps_per_epoch=6)
+    perturb = Perturb(generator.layout, {"a": Additive(1), "b": Additive(1)})
+    settings = dict(perturb=perturb, augment=NONE, batch_size=16, steps_per_epoch=6)
     return ContinuousViews(generator, **(settings | changes))
 
 
@@ -64,11 +64,12 @@ def test_the_window_keeps_the_contract():
 
 def test_ten_thousand_streams_have_distinct_first_draws():
     names = ("anchor", "step/1/a", "step/1/b", "step/2/a", "augment")
-    tuples = itertools.product(range(5), names, range(5), range(10), range(4), range(2))  # seed, name, epoch, step, rank, worker
-    draws = [tuple(torch.randn(4, generator=rng_for(seed, name, epoch=epoch, step=step, rank=rank, worker=worker)).tolist())
-             for seed, name, epoch, step, rank, worker in tuples]
-    assert len(draws) == 10_000 and len({number for draw in draws for number in draw[:1]}) > 9_990
-    assert len(set(draws)) == 10_000
+    places = [dict(zip(("epoch", "step", "rank", "worker"), place))
+              for place in itertools.product(range(5), range(10), range(4), range(2))]
+    draws = [tuple(torch.randn(4, generator=rng_for(seed, name, **place)).tolist())
+             for seed, name, place in itertools.product(range(5), names, places)]
+    assert len(set(draws)) == len(draws) == 10_000
+    assert len({draw[0] for draw in draws}) > 9_990
 
 
 def test_ranks_workers_and_epochs_never_share_an_anchor():
@@ -106,11 +107,12 @@ def test_noise_of_one_step_is_not_the_anchor_of_the_next():
 
 # what a batch depends on
 
+BYTES = torch.arange(200, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 2, 8)
+PLAN = dict(augment=NONE, batch_size=16)
 SOURCES = {
     "continuous": continuous,
-    "real": lambda **kw: RealViews(torch.arange(200, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 2, 8),
-                                   **(dict(augment=NONE, batch_size=16) | kw)),
-    "fixed": lambda **kw: FixedViews.generate(Window(), continuous().perturb, 200, **(dict(augment=NONE, batch_size=16) | kw)),
+    "real": lambda **kw: RealViews(BYTES, **(PLAN | kw)),
+    "fixed": lambda **kw: FixedViews.generate(Window(), continuous().perturb, 200, **(PLAN | kw)),
 }
 
 
@@ -181,7 +183,8 @@ def test_an_initialised_process_group_knows_better(make, monkeypatch):
 
 @pytest.mark.parametrize("settings, problem", [
     (dict(batch_size=1), "batch_size=1 must be at least 2"), (dict(views=1), "views=1 must be at least 2"),
-    (dict(steps_per_epoch=0), "steps_per_epoch=0"), (dict(rank=2, world_size=2), "rank=2"), (dict(world_size=0), "world_size=0"),
+    (dict(steps_per_epoch=0), "steps_per_epoch=0"), (dict(rank=2, world_size=2), "rank=2"),
+    (dict(world_size=0), "world_size=0"),
 ])
 def test_impossible_settings_are_named(settings, problem):
     for make in (SOURCES["continuous"], SOURCES["real"]):
@@ -202,7 +205,8 @@ def numbers(batches):
 def test_an_epoch_is_a_permutation_over_all_ranks(world_size):
     orders = []
     for epoch in range(2):
-        sources = [RealViews(NUMBERED, augment=NONE, batch_size=20, rank=rank, world_size=world_size) for rank in range(world_size)]
+        sources = [RealViews(NUMBERED, augment=NONE, batch_size=20, rank=rank, world_size=world_size)
+                   for rank in range(world_size)]
         for source in sources:
             source.set_epoch(epoch)
         drawn = [numbers(source) for source in sources]
@@ -222,7 +226,8 @@ def test_views_of_a_real_image_are_equal_before_and_apart_after_augmentation():
     images = torch.randint(0, 255, (64, 1, 16, 16), dtype=torch.uint8, generator=rng_for(0, "images"))
     plain = RealViews(images, augment=NONE, views=4, batch_size=32).batch(0)
     assert all(torch.equal(plain[:, 0], plain[:, v]) for v in range(1, 4))
-    assert len(RealViews(images, augment=AUGMENTATIONS["simclr"], views=4, batch_size=32).batch(0).flatten(0, 1).unique(dim=0)) == 128
+    augmented = RealViews(images, augment=AUGMENTATIONS["simclr"], views=4, batch_size=32).batch(0)
+    assert len(augmented.flatten(0, 1).unique(dim=0)) == 128
 
 
 def test_stored_pairs_stay_together_and_are_what_was_decoded():
@@ -238,28 +243,28 @@ def test_stored_pairs_stay_together_and_are_what_was_decoded():
 
 def test_a_small_set_is_the_first_part_of_a_large_one():
     generator, perturb = Window(), continuous().perturb
-    sets = [FixedViews.generate(generator, perturb, n, chunk=16, augment=NONE, batch_size=4).stored for n in (10, 16, 40)]
+    plan = dict(chunk=16, augment=NONE, batch_size=4)
+    sets = [FixedViews.generate(generator, perturb, n, **plan).stored for n in (10, 16, 40)]
     assert torch.equal(sets[0], sets[2][:10]) and torch.equal(sets[1], sets[2][:16])
     assert len(sets[2][:, 0].flatten(1).unique(dim=0)) == 40
 
 
+LOUD = LinearGaussian.random([1.0, 1.0])  # its images are not in [0, 1]
+STILL = Perturb(LOUD.layout, {})
+
+
 @pytest.mark.parametrize("build, error, problem", [
-    (lambda: RealViews(NUMBERED, augment=NONE, batch_size=121, world_size=2), ValueError, "batch_size=121 .* 240 are stored"),
+    (lambda: RealViews(NUMBERED, augment=NONE, batch_size=121, world_size=2), ValueError, "batch_size=121 .* 240 are"),
     (lambda: RealViews(NUMBERED.float(), augment=NONE), TypeError, "torch.float32"),
     (lambda: RealViews(NUMBERED[0], augment=NONE), TypeError, r"\(1, 2, 2\)"),
     (lambda: FixedViews(NUMBERED, augment=NONE), TypeError, r"expected uint8 \(N, V, C, H, W\)"),
     (lambda: continuous(steps_per_epoch=None), ValueError, "steps_per_epoch=None"),
-    (lambda: FixedViews.generate(loud(), Perturb(loud().layout, {}), 4, augment=NONE, batch_size=2), ValueError, "images span"),
-    (lambda: ContinuousViews(loud(), Perturb(loud().layout, {}), augment=NONE, batch_size=8, steps_per_epoch=1).batch(0),
-     ValueError, "images span"),
+    (lambda: FixedViews.generate(LOUD, STILL, 4, augment=NONE, batch_size=2), ValueError, "images span"),
+    (lambda: ContinuousViews(LOUD, STILL, augment=NONE, steps_per_epoch=1).batch(0), ValueError, "images span"),
 ])
 def test_wrong_inputs_are_named(build, error, problem):
     with pytest.raises(error, match=problem):
         build()
-
-
-def loud():
-    return LinearGaussian.random([1.0, 1.0])
 
 
 # generated views
@@ -315,7 +320,7 @@ def test_every_image_gets_its_own_randomness(name, channels):
     out = AUGMENTATIONS[name](images, rng_for(0, "augment"))
     assert out.shape == images.shape and out.dtype == images.dtype and 0 <= out.min() and out.max() <= 1
     distinct = len(out.flatten(1).unique(dim=0))
-    assert distinct == 1 if name == "none" else distinct >= 6  # without a crop, an image is left alone with probability 0.1
+    assert distinct == 1 if name == "none" else distinct >= 6  # no_crop leaves an image alone with probability 0.1
     assert torch.equal(image.expand(8, -1, -1, -1), images)
 
 
@@ -329,8 +334,8 @@ def test_augmentations_accept_double_precision(name):
 
 @pytest.mark.parametrize("images, error", [
     (torch.full((2, 1, 4, 4), 1.01), ValueError), (torch.full((2, 1, 4, 4), -0.01), ValueError),
-    (torch.full((2, 1, 4, 4), math.nan), ValueError), (torch.zeros(1, 4, 4), ValueError), (torch.zeros(2, 2, 1, 4, 4), ValueError),
-    (torch.zeros(2, 1, 4, 4, dtype=torch.uint8), TypeError),
+    (torch.full((2, 1, 4, 4), math.nan), ValueError), (torch.zeros(1, 4, 4), ValueError),
+    (torch.zeros(2, 2, 1, 4, 4), ValueError), (torch.zeros(2, 1, 4, 4, dtype=torch.uint8), TypeError),
 ])
 def test_images_out_of_range_are_refused(images, error):
     for augmentation in AUGMENTATIONS.values():
@@ -349,7 +354,8 @@ def test_boxes_are_drawn_as_torchvision_draws_them(height, width):
     w, h = boxes(torch.zeros(20_000, 1, height, width))
     torch.manual_seed(0)
     big = torch.zeros(1, 100 * height, 100 * width)  # so that rounding to whole pixels does not matter
-    reference = np.array([Reference.get_params(big, (0.2, 1.0), (3 / 4, 4 / 3))[2:] for _ in range(1500)]) / big.shape[1:]
+    drawn = [Reference.get_params(big, (0.2, 1.0), (3 / 4, 4 / 3))[2:] for _ in range(1500)]  # (height, width)
+    reference = np.array(drawn) / big.shape[1:]
     for ours, theirs in ((w * h, reference.prod(1)), (w, reference[:, 1]), (h, reference[:, 0])):
         quantiles = np.linspace(0.05, 0.95, 7)
         assert np.quantile(ours, quantiles) == pytest.approx(np.quantile(theirs, quantiles), abs=0.03)
@@ -393,9 +399,10 @@ def test_jitter_does_to_pixels_what_kornia_does():
 
     images = torch.rand(6, 3, 8, 8, generator=rng_for(0, "images"))
     rng = rng_for(0, "jitter")
-    draws = torch.rand(6, generator=rng), *(0.8 * torch.rand(6, 1, 1, 1, generator=rng).flatten() + 0.6 for _ in range(3))
-    params = dict(zip(("brightness_factor", "contrast_factor", "saturation_factor"), draws[1:]))
-    params["hue_factor"] = 0.2 * torch.rand(6, 1, 1, 1, generator=rng).flatten() - 0.1
+    torch.rand(6, generator=rng)  # which images are chosen: all of them
+    names = ("brightness_factor", "contrast_factor", "saturation_factor")
+    params = {name: 0.8 * torch.rand(6, generator=rng) + 0.6 for name in names}
+    params["hue_factor"] = 0.2 * torch.rand(6, generator=rng) - 0.1
     params["order"] = torch.randperm(4, generator=rng)
     params |= {"batch_prob": torch.ones(6), "forward_input_shape": torch.tensor(images.shape)}
     reference = ColorJiggle(0.4, 0.4, 0.4, 0.1, p=1.0)(images, params=params)
