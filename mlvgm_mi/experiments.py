@@ -100,14 +100,21 @@ def load_profile(path: str | Path) -> Profile:
     except TypeError as error:
         raise ValueError(f"{path}: {error}") from None
 
-# %% ../nbs/10a_experiments.ipynb #57698d5d
+# %% ../nbs/10a_experiments.ipynb #353d13cd
 @dataclass(frozen=True, eq=False)
 class Materials:
     "What sources are made of."
     images: ImageSet
     generator: Generator
-    recipe: Recipe
+    recipe: Recipe | None = None  # for the sources that follow one
     uniform_sigma: float = 0.25
+
+    @property
+    def guided(self) -> Perturb:
+        "The perturbation of the recipe; `ValueError` if there is none."
+        if self.recipe is None:
+            raise ValueError("recipe=None, but guided and fixed views follow one; derive it with `impact.meet_budget`")
+        return self.recipe.perturb(self.generator.layout)
 
     def generated(self, perturb: Perturb, **plan: Any) -> ContinuousViews:
         "Continuous sampling with `perturb`."
@@ -127,11 +134,11 @@ def _uniform(materials: Materials, **plan: Any) -> ViewSource:
 
 
 def _guided(materials: Materials, **plan: Any) -> ViewSource:
-    return materials.generated(materials.recipe.perturb(materials.generator.layout), **plan)
+    return materials.generated(materials.guided, **plan)
 
 
 def _fixed(materials: Materials, size: int, **plan: Any) -> ViewSource:
-    return FixedViews.generate(materials.generator, materials.recipe.perturb(materials.generator.layout), size, **plan)
+    return FixedViews.generate(materials.generator, materials.guided, size, **plan)
 
 
 SOURCES: dict[str, Callable[..., ViewSource]] = {
@@ -149,7 +156,7 @@ def make_source(name: str, materials: Materials, t_x: str, **plan: Any) -> ViewS
     build = partial(_fixed, size=int(fixed[1])) if fixed else SOURCES[name]
     return build(materials, augment=AUGMENTATIONS[t_x], **plan)
 
-# %% ../nbs/10a_experiments.ipynb #f96e4023
+# %% ../nbs/10a_experiments.ipynb #9ffa6513
 def digest(content: Any) -> str:
     "Twelve hex digits that identify JSON-like content."
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
@@ -169,28 +176,35 @@ def cell(
     compute: Callable[[], pd.DataFrame],
     also_in: Sequence[str | Path] = (),  # folders that may hold a finished copy
 ) -> pd.DataFrame:
-    "The frame of a cell: from `path` or a copy if its key fits, else computed and written whole."
+    "The frame of a cell, read from `path`: it is there already, or a copy fits, or it is computed and written whole."
     path, key = Path(path), digest(determines)
-    for place in (path, *(Path(folder) / path.name for folder in also_in)):
-        if place.exists():
-            frame = pd.read_csv(place, float_precision="round_trip")
-            if "key" in frame and (frame["key"] == key).all() and len(frame):
-                break
-    else:
-        frame = compute().assign(key=key)
-    write_frame(frame, path)
-    return frame.drop(columns="key")
+    found = next((place for place in (path, *(Path(folder) / path.name for folder in also_in)) if _holds(place, key)), None)
+    if found is None:
+        write_frame(compute().assign(key=key), path)
+    elif found != path:
+        _write_text(found.read_text(), path)
+    return pd.read_csv(path).drop(columns="key")
+
+
+def _holds(path: Path, key: str) -> bool:
+    "Whether `path` is a finished cell with this key."
+    if not path.exists():
+        return False
+    frame = pd.read_csv(path)
+    return len(frame) > 0 and "key" in frame and bool((frame["key"] == key).all())
+
+
+def _write_text(text: str, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        temporary.write_text(text)
 
 
 def write_frame(frame: pd.DataFrame, path: str | Path) -> None:
     "Writes a tidy CSV, whole or not at all; an equal file is left alone."
-    text = frame.to_csv(index=False, lineterminator="\n")
-    path = Path(path)
-    if path.exists() and path.read_text() == text:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as temporary:
-        temporary.write_text(text)
+    text, path = frame.to_csv(index=False, lineterminator="\n"), Path(path)
+    if not path.exists() or path.read_text() != text:
+        _write_text(text, path)
 
 # %% ../nbs/10a_experiments.ipynb #824013cd
 def publish(
