@@ -101,6 +101,18 @@ def test_prefix_sharing_for_every_set_of_moved_blocks(moved):
         torch.testing.assert_close(image, line.decode(latents))
 
 
+def test_large_batches_are_decoded_in_runs_that_keep_sharing(monkeypatch):
+    line = LinearGaussian.random([1.0, 0.5, 0.2])
+    z, fresh = line.sample(50, rng_for(0, "z")), line.sample(50, rng_for(0, "f"))
+    positives = [z[:1] + fresh[1:], z[:2] + fresh[2:], z]
+    whole = decode_views(line, z, positives)
+    rows = []
+    monkeypatch.setattr(core, "IMAGES_AT_ONCE", 24)
+    monkeypatch.setattr(line, "stage", lambda k, h, code: rows.append(len(code)) or LinearGaussian.stage(line, k, h, code))
+    torch.testing.assert_close(decode_views(line, z, positives), whole)
+    assert max(rows) <= 24 and sum(rows) == 50 * (3 + 2 + 1)
+
+
 def test_wrong_latents_are_named():
     line = LinearGaussian.random([1.0, 0.5])
     z = line.sample(2, rng_for(0, "z"))

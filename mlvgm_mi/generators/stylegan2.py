@@ -243,7 +243,7 @@ def without_noise(generator: StyleGAN2) -> StyleGAN2:
             strength.data.zero_()
     return quiet
 
-# %% ../../nbs/04a_generators.stylegan2.ipynb #6a6e7851
+# %% ../../nbs/04a_generators.stylegan2.ipynb #43072df1
 def from_published(tensors: dict[str, Tensor], config: dict, source: str = "the given tensors") -> StyleGAN2:
     "A `StyleGAN2` of `config` (the fields of `StyleGAN2Config`) holding `tensors`; a wrong key or shape is named."
     generator = StyleGAN2(StyleGAN2Config(**config))
@@ -261,4 +261,4 @@ def fashion_stylegan2() -> StyleGAN2:
     "The 32x32 grey StyleGAN2 that ships with the package, trained on Fashion-MNIST by `generators.training`."
     path = weights_file("fashion_stylegan2")
     tensors, config = read_weights(path)
-    return from_published(tensors, config["generator"], path.name)
+    return from_published(tensors, config["generator"], path.name).to(memory_format=torch.channels_last)
