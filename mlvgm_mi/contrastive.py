@@ -417,7 +417,7 @@ def _quiet() -> Iterator[None]:
         for logger, level in zip(loggers, levels):
             logger.setLevel(level)
 
-# %% ../nbs/09_contrastive.ipynb #59362d8e
+# %% ../nbs/09_contrastive.ipynb #fb4e4b4f
 def fit(
     module: Contrastive,
     source: BatchSource | Sequence[Tensor],  # a source, or a plain list of batches to be repeated
@@ -452,7 +452,7 @@ def fit(
 def _history(module: Contrastive, folder: Path | None) -> pd.DataFrame:
     "The history as a frame, also written to `folder`."
     history = pd.DataFrame(module.history, columns=["step", "loss", "lr"])
-    if folder:
+    if folder and module.global_rank == 0:
         with atomic_path(folder / "history.csv") as path:
             history.to_csv(path, index=False)
     return history

@@ -100,7 +100,7 @@ def load_profile(path: str | Path) -> Profile:
     except TypeError as error:
         raise ValueError(f"{path}: {error}") from None
 
-# %% ../nbs/10a_experiments.ipynb #353d13cd
+# %% ../nbs/10a_experiments.ipynb #8e8288cb
 @dataclass(frozen=True, eq=False)
 class Materials:
     "What sources are made of."
@@ -113,7 +113,7 @@ class Materials:
     def guided(self) -> Perturb:
         "The perturbation of the recipe; `ValueError` if there is none."
         if self.recipe is None:
-            raise ValueError("recipe=None, but guided and fixed views follow one; derive it with `impact.meet_budget`")
+            raise ValueError("recipe=None, but guided and fixed views follow one; pass the recipe that `mlvgm-mi impact` or `impact.meet_budget` gives")
         return self.recipe.perturb(self.generator.layout)
 
     def generated(self, perturb: Perturb, **plan: Any) -> ContinuousViews:

@@ -380,6 +380,7 @@ fit(run(), Fatal(fatal=6), sys.argv[2], checkpoint_every=2)
 """
 
 
+@pytest.mark.slow
 def test_sigkill(tmp_path):
     command = [sys.executable, "-c", SCRIPT, os.path.dirname(__file__), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -18,7 +18,6 @@ from mlvgm_mi.mi import (
     JointCritic,
     MIEstimate,
     SeparableCritic,
-    calibrate,
     estimate_mi,
     fit_critic,
     gaussian_mi,
@@ -42,7 +41,7 @@ def random_scores(*shape: int) -> torch.Tensor:
     return 2 * torch.randn(*shape, generator=rng_for(0, "scores"), dtype=torch.float64)
 
 
-# --- formulas, written a second time as loops ------------------------------------------------------------------------
+# --- formulas, written a second time as loops
 
 
 def chance(scores):
@@ -126,7 +125,7 @@ def test_infinite_tau_turns_smile_into_dv():
     assert SMILE(math.inf).estimate(scores).nats == DV().estimate(scores).nats != SMILE().estimate(scores).nats
 
 
-# --- perfect critics ---------------------------------------------------------------------------------------------------
+# --- perfect critics
 
 
 @pytest.mark.parametrize("nats", [0.25, 1.0, 2.0, 3.0])
@@ -194,7 +193,14 @@ def test_the_cost_of_the_ceiling_is_about_the_bias():
         assert 0 < estimate.ceiling_cost < nats - estimate.nats + 4 * estimate.se + 0.05
 
 
-# --- calibration -------------------------------------------------------------------------------------------------------
+# --- calibration
+
+
+def test_infonce_needs_no_calibration():
+    scores = random_scores(2, 9, 9)
+    assert InfoNCE().calibrate(scores) is scores
+    shifted = scores + 4 * torch.randn(2, 9, 1, generator=rng_for(0, "shift"), dtype=torch.float64)
+    torch.testing.assert_close(InfoNCE().values(shifted), InfoNCE().values(scores))
 
 
 @pytest.mark.parametrize("name", ["nwj", "dv", "smile"])
@@ -202,13 +208,13 @@ def test_calibration_undoes_a_term_per_anchor(name):
     bound, pair = ESTIMATORS[name], CorrelatedGaussian(3, 1.0)
     scores = perfect(InfoNCE(), pair, 2, 512)
     shifted = scores + 4 * torch.randn(2, 512, 1, generator=rng_for(0, "shift"), dtype=torch.float64)
-    calibrated = calibrate(bound, shifted)
+    calibrated = bound.calibrate(shifted)
     assert calibrated.shape == (4, 256, 256)
-    torch.testing.assert_close(calibrated, calibrate(bound, scores))
+    torch.testing.assert_close(calibrated, bound.calibrate(scores))
     assert bound.estimate(calibrated).nats == pytest.approx(1.0, abs=0.15)
 
 
-# --- critics -----------------------------------------------------------------------------------------------------------
+# --- critics
 
 
 def test_joint_critic_scores_every_pair():
@@ -262,7 +268,7 @@ def test_fits_repeat():
     assert losses(0) == losses(0) != losses(1)
 
 
-# --- refusals ----------------------------------------------------------------------------------------------------------
+# --- refusals
 
 
 @named

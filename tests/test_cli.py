@@ -1,0 +1,56 @@
+"The command line: verbs hand files to each other, mistakes cost one line."
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from mlvgm_mi.cli import app, main
+from mlvgm_mi.perturb import Recipe
+
+RECIPE = Recipe({"w0-1": 0.1, "w2-3": 0.5, "w4-5": 1.0, "w6-7": 1.0})
+
+
+def run(*words):
+    result = CliRunner().invoke(app, list(map(str, words)), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_impact_writes_table_figure_and_recipe(tmp_path):
+    output = run("impact", "linear-gaussian", "--budget", 1.0, "--steps", 60, "--out", tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"impact.csv", "impact_table.csv", "impact.png", "impact.pdf", "recipe.yaml"}
+    recipe = Recipe.from_yaml(tmp_path / "recipe.yaml")
+    assert recipe.budget == 1.0 and "recipe at" in output and set(recipe.strengths) <= set(pd.read_csv(tmp_path / "impact.csv").group)
+
+
+def test_views_train_evaluate(tmp_path):
+    RECIPE.to_yaml(tmp_path / "recipe.yaml")
+    run("views", "fashion-stylegan2", "--recipe", tmp_path / "recipe.yaml", "--out", tmp_path / "v", "--anchors", 2)
+    assert (tmp_path / "v.png").stat().st_size > 1000
+    train = ("train", "--source", "guided", "--recipe", tmp_path / "recipe.yaml", "--dataset", "digits", "--steps", 4, "--batch-size", 8)
+    run(*train, "--out", tmp_path / "run")
+    first = (tmp_path / "run" / "encoder.safetensors").read_bytes()
+    run(*train, "--out", tmp_path / "run")
+    assert (tmp_path / "run" / "encoder.safetensors").read_bytes() == first
+    output = run("evaluate", tmp_path / "run" / "encoder.safetensors", "--dataset", "digits", "--out", tmp_path / "e.csv")
+    assert "knn" in output and set(pd.read_csv(tmp_path / "e.csv").split) == {"val", "test"}
+
+
+@pytest.mark.parametrize("words, message", [
+    (("impact", "stylegan9"), "choose one of"),
+    (("impact", "linear-gaussian", "--sigma-x", "0"), "sigma_x=0"),
+    (("views", "linear-gaussian", "--recipe", "nowhere.yaml"), "nowhere.yaml"),
+    (("train", "--source", "guided", "--dataset", "digits", "--out", "x"), "recipe=None"),
+    (("train", "--source", "fake", "--dataset", "digits", "--out", "x"), "name='fake' is unknown"),
+    (("train", "--source", "real", "--objective", "magic", "--dataset", "digits", "--out", "x"), "objective='magic'"),
+    (("evaluate", "nowhere.safetensors", "--dataset", "digits"), "no such file"),
+    (("reproduce",), "there is no Snakefile"),
+])
+def test_mistakes_cost_one_line(words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(lambda: app(list(words), standalone_mode=False))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1 and "Traceback" not in error
+    assert not list(Path(tmp_path).iterdir())
