@@ -30,6 +30,7 @@ python = PATH="$(bin):$$PATH" $(bin)/python
 isolated := $(bin)/python -I
 pip := $(isolated) -m pip --disable-pip-version-check
 ready := $(VENV)/.ready
+quiet := --quiet --no-compile
 lock := $(if $(LOCK),--constraint $(LOCK))
 pytest = MPLBACKEND=agg $(python) -m pytest
 root_only = $(if $(filter 0,$(shell id -u)),--allow-root)
@@ -62,8 +63,8 @@ test: $(ready) ## every test: gates, notebooks, docs, workflow, wheel, pytest
 
 .PHONY: lab
 lab: $(ready) ## open the notebooks in JupyterLab
-	PATH="$(bin):$$PATH" $(bin)/jupyter lab nbs --LabApp.extension_manager=readonly --LabApp.news_url=None \
-		--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate $(root_only) $(ARGS)
+	$(python) -m jupyter lab --LabApp.default_url=/lab/tree/nbs --LabApp.extension_manager=readonly \
+		--LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate $(root_only) $(ARGS)
 
 .PHONY: docs
 docs: $(ready) ## build the website into _site (warnings are errors)
@@ -81,22 +82,23 @@ clean-notebooks: $(ready) ## strip what should not be committed from the noteboo
 
 .PHONY: check
 check: $(ready) ## only the gates: export in sync, notebooks clean, import order, ruff, pyflakes, budgets
-	$(pytest) -m gate tests/test_house.py $(ARGS)
+	$(pytest) tests/test_house.py $(ARGS)
 
 .PHONY: test-notebooks
 test-notebooks: $(ready) ## run every cell of the library notebooks
-	PATH="$(bin):$$PATH" $(bin)/nbdev_test --n_workers $(JOBS) --do_print $(ARGS)
+	PATH="$(bin):$$PATH" nbdev_test --n_workers $(JOBS) --do_print $(ARGS)
 
 .PHONY: test-product
 test-product: $(ready) ## the wheel, the README program and the workflow on its smallest profile
-	$(pytest) -m product $(ARGS)
+	$(pytest) tests/test_product.py $(ARGS)
 
 .PHONY: test-python
 test-python: $(ready) ## the pytest suite without the gates and the product tests
-	$(pytest) -m "not gate and not product" --numprocesses $(JOBS) --dist worksteal $(ARGS)
+	$(pytest) -m "not gate and not product" --numprocesses $(JOBS) --dist worksteal --durations 10 $(ARGS)
 
 .PHONY: wheel
 wheel: $(ready) ## build wheel and sdist into dist
+	rm -rf build/lib
 	$(python) -m build --no-isolation --outdir dist .
 
 .PHONY: bench
@@ -110,8 +112,9 @@ lock: $(ready) ## write the versions of the environment to constraints.txt
 	mv constraints.new constraints.txt
 
 .PHONY: clean
-clean: ## remove everything that was built, but not the environment and not the results
-	rm -rf build dist ./*.egg-info _proc _docs _site docs/_generated .pytest_cache .ruff_cache .hypothesis results/smoke
+clean: ## remove what was built, but not the environment, nor results and what they are resumed from
+	rm -rf build/lib build/bdist.* build/smoke results/smoke dist ./*.egg-info _proc _docs _site docs/_generated
+	rm -rf .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 # ---- the environment ------------------------------------------------------------------------------------
@@ -129,9 +132,10 @@ $(ready): $(VENV)/.torch settings.ini setup.py pyproject.toml $(LOCK)
 		$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo 'Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 ...' >&2; exit 1; }; }
 	@$(pip) --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
-	$(pip) install --quiet $(lock) 'setuptools>=77.0.3'
-	$(pip) install --quiet $(lock) --no-build-isolation $(foreach word,$(torch),'$(word)') --editable '.[dev]'
+	@echo 'Installing into $(VENV): $(torch) and $(or $(LOCK),the newest of everything else); this takes minutes.'
+	@$(pip) install $(quiet) $(lock) 'setuptools>=77.0.3'
+	@$(pip) install $(quiet) $(lock) --no-build-isolation $(foreach word,$(torch),'$(word)') --editable '.[dev]'
 	@broken=$$($(isolated) .ci/incomplete.py); [ -z "$$broken" ] || { \
-		echo "incomplete, installed anew: $$broken"; $(pip) install --quiet --force-reinstall --no-deps $$broken; }
+		echo "incomplete, installed anew: $$broken"; $(pip) install $(quiet) --force-reinstall --no-deps $$broken; }
 	@$(isolated) .ci/incomplete.py --imports
 	@touch $@

@@ -4,9 +4,8 @@
 # computes and what is published is always complete. The executed notebook of a job is its log: it stays when the job fails.
 import json
 from dataclasses import asdict
-from pathlib import Path
 
-from mlvgm_mi.experiments import load_profile, publish
+from mlvgm_mi.experiments import load_profile
 
 P = load_profile(f"nbs/experiments/profiles/{config.get('profile', 'quick')}.yaml")
 ALL = asdict(P)
@@ -129,6 +128,6 @@ rule publish:
     output:
         f"{BUILD}/published.txt"
     params:
-        keep=P.keep_cells,
-    run:
-        Path(output[0]).write_text("\n".join(map(str, publish(BUILD, ".", P.name, params.keep))) + "\n")
+        keep="--keep-cells" if P.keep_cells else "",
+    shell:
+        "python .ci/publish.py {P.name} {params.keep}"

@@ -7,6 +7,7 @@ below `docs/_generated`; Sphinx builds the site from them, warnings are errors.
 import argparse
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -100,13 +101,17 @@ def build(root: Path, work: Path, site: Path, jobs: int) -> int:
     "Everything from scratch; returns Sphinx's exit status."
     shutil.rmtree(work, ignore_errors=True)
     shutil.rmtree(site, ignore_errors=True)
+    os.chdir(root)  # nbdev looks for settings.ini from here
     source = work / "source"
     symbols = Symbols.of(root / PACKAGE)
     library = write_library(root, source, symbols)
     write_home(root, source, library, write_experiments(root, source, symbols))
     copy_mathjax(work / "static")
     options = ["-b", "html", "-W", "--keep-going", "-q", "-j", str(jobs), "-c", str(root / "docs")]
-    return subprocess.run([sys.executable, "-m", "sphinx", *options, str(source), str(site)]).returncode
+    done = subprocess.run([sys.executable, "-m", "sphinx", *options, str(source), str(work / "site")])
+    if done.returncode == 0:
+        shutil.move(work / "site", site)
+    return done.returncode
 
 
 if __name__ == "__main__":

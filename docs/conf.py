@@ -32,13 +32,15 @@ exclude_patterns = ["_build"]
 nb_execution_mode = "off"
 nb_merge_streams = True
 nb_output_stderr = "remove"
+nb_code_prompt_show = "Code"
+nb_code_prompt_hide = "Code"
 myst_enable_extensions = ["amsmath", "attrs_block", "attrs_inline", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 
 package = HERE.parent / settings["lib_path"]
 autoapi_dirs = [str(package)]
 AstroidManager().module_denylist.update(foreign_modules(package))  # or the API reference parses half of torch as well
-autoapi_ignore = ["*_modidx*"]
+autoapi_ignore = ["*_modidx*", "*/cli.py"]  # the commands are described by --help and on their page
 autoapi_root = "api"
 autoapi_options = ["members", "undoc-members", "show-inheritance", "show-module-summary"]
 autoapi_add_toctree_entry = False

@@ -111,7 +111,7 @@ def outline(node: ast.ClassDef, lines: list[str]) -> str:
             parts += lines[item.lineno - 1 : item.end_lineno]
         elif isinstance(item, ast.FunctionDef) and (item.name in ("__init__", "__call__") or item.name[0] != "_"):
             parts += ["", *_method(item, lines)]
-    return "\n".join(parts)
+    return "\n".join(parts).replace(":\n\n", ":\n", 1)
 
 
 def _method(node: ast.FunctionDef, lines: list[str]) -> list[str]:
@@ -181,7 +181,8 @@ def _in_order(cells: list[Cell], symbols: Symbols) -> Iterator[Cell]:
         return symbol.node.lineno if symbol else 0
 
     for documented, run in groupby(cells, lambda cell: bool(SHOW_DOC.search("".join(cell["source"])))):
-        yield from sorted(run, key=line) if documented else run
+        neighbours = list(run)
+        yield from sorted(neighbours, key=line) if documented else neighbours
 
 
 def _library_cell(cell: Cell, symbols: Symbols) -> Iterator[Cell]:
@@ -199,14 +200,17 @@ def _library_cell(cell: Cell, symbols: Symbols) -> Iterator[Cell]:
 
 
 def experiment_page(notebook: dict, symbols: Symbols) -> dict:
-    "A page from an executed experiment: prose and results, with the code folded away."
+    "A page from an executed experiment: prose and results, with the code before each result folded away."
     cells: list[Cell] = []
     for cell in notebook["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
             cells.append(_markdown(link_code(_lead(source), symbols)))
         elif cell["cell_type"] == "code" and not re.search(r"^#\|\s*hide", source, re.M):
-            cells += _code(cell, ["hide-input"])
+            for code in _code(cell, ["hide-input"]):
+                if cells and cells[-1]["cell_type"] == "code" and not cells[-1]["outputs"]:
+                    code["source"] = [*cells.pop()["source"], "\n\n", *code["source"]]
+                cells.append(code)
     return _notebook(cells)
 
 
@@ -293,4 +297,5 @@ def toctree(caption: str, pages: list[str], depth: int = 1) -> str:
     "A hidden table of contents: it makes a section of the sidebar."
     if not pages:
         return ""
-    return "\n".join(["", "```{toctree}", f":caption: {caption}", f":maxdepth: {depth}", ":hidden:", "", *pages, "```", ""])
+    options = [f":caption: {caption}", f":maxdepth: {depth}", ":hidden:"]
+    return "\n".join(["", "```{toctree}", *options, "", *pages, "```", ""])

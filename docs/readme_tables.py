@@ -17,6 +17,9 @@ def percent(row: pd.Series, *names: str) -> str:
     return f"{mean:.1f} [{low:.1f}, {high:.1f}]"
 
 
+MINUS_REAL = ("minus_real", "minus_real_low", "minus_real_high")
+
+
 def generators(results: Path) -> pd.DataFrame:
     "Quality of the shipped generator."
     values = pd.read_csv(results / "generators.csv").set_index("metric")["value"]
@@ -33,8 +36,17 @@ def generators(results: Path) -> pd.DataFrame:
 
 
 def impact(results: Path) -> pd.DataFrame:
-    "Impact of each group, as the experiment wrote it."
-    return pd.read_csv(results / "impact_table.csv").round(2)
+    "What is left of an anchor when a group is drawn anew, and what that took off."
+    table = pd.read_csv(results / "impact_table.csv")
+
+    def interval(row: pd.Series, name: str, scale: float = 1, digits: int = 2) -> str:
+        mean, low, high = (scale * row[f"{name}{end}"] for end in ("", "_low", "_high"))
+        return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+    return pd.DataFrame([
+        {"group": row["group"], "nats left": interval(row, "resampled"), "nats lost": interval(row, "lost"),
+         "share, %": interval(row, "share", 100, 0)} for _, row in table.iterrows()
+    ])
 
 
 def sources(results: Path) -> pd.DataFrame:
@@ -47,7 +59,7 @@ def sources(results: Path) -> pd.DataFrame:
         rows.append({
             "views from": source, "t_x": t_x,
             "linear probe, %": percent(gain, "accuracy", "low", "high"),
-            "minus real, points": "" if pd.isna(gain.minus_real) else percent(gain, "minus_real", "minus_real_low", "minus_real_high"),
+            "minus real, points": "" if pd.isna(gain.minus_real) else percent(gain, *MINUS_REAL),
             "kNN, %": percent(part.loc["knn"], "accuracy", "low", "high"),
         })
     return pd.DataFrame(rows)

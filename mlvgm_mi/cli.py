@@ -100,7 +100,8 @@ def train(
     module = Contrastive(encoder, OBJECTIVES[objective](encoder.num_features, seed=seed), TrainConfig(steps, warmup=steps // 20))
     history = fit(module, batches, checkpoint_folder=out)
     save_encoder(out / "encoder.safetensors", module.encoder)
-    typer.echo(f"{steps} updates, loss {history.loss.iloc[0]:.3f} -> {history.loss.iloc[-1]:.3f}; written {out / 'encoder.safetensors'}")
+    typer.echo(f"{steps} updates, loss {history.loss.iloc[0]:.3f} -> {history.loss.iloc[-1]:.3f}")
+    typer.echo(f"written: {out / 'encoder.safetensors'}")
 
 # %% ../nbs/11_cli.ipynb #90f20d19
 @app.command()

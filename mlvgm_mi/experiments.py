@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'Run', 'Profile', 'load_profile', 'Materials', 'make_source', 'digest', 'weights_digest', 'cell',
-           'write_frame', 'publish']
+           'write_frame', 'train_and_judge', 'publish']
 
 # %% ../nbs/10a_experiments.ipynb #6efcd76e
 import hashlib
 import json
 import re
 import shutil
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Mapping, Sequence
@@ -21,7 +21,9 @@ import yaml
 from torch import nn
 
 from .checkpoints import atomic_path
-from .data import ImageSet
+from .contrastive import OBJECTIVES, Contrastive, TrainConfig, fit, small_resnet
+from .data import ImageSet, Splits
+from .evaluate import judge
 from .generators.core import Generator
 from .perturb import Additive, Perturb, Recipe, uniform
 from .views import AUGMENTATIONS, ContinuousViews, FixedViews, RealViews, ViewSource
@@ -48,7 +50,7 @@ class Run:
             raise ValueError(f"name={name!r} should read source__objective__t_x__seed, such as guided__simclr__no_color__0")
         return cls(*parts[:3], int(parts[3]))
 
-
+# %% ../nbs/10a_experiments.ipynb #97770710
 @dataclass(frozen=True)
 class Profile:
     "All parameters of a run of the experiments."
@@ -80,14 +82,15 @@ class Profile:
     @property
     def fixed(self) -> list[Run]:
         "The runs on fixed sets."
-        return [Run(f"fixed-{size}", self.objectives[0], self.fixed_t_x, seed) for size in self.fixed_sizes for seed in self.seeds]
+        return [Run(f"fixed-{size}", self.objectives[0], self.fixed_t_x, seed)
+                for size in self.fixed_sizes for seed in self.seeds]
 
     @property
     def continuous(self) -> list[Run]:
         "The runs with continuous sampling that those on fixed sets are compared with."
         return [Run("guided", self.objectives[0], self.fixed_t_x, seed) for seed in self.seeds]
 
-
+# %% ../nbs/10a_experiments.ipynb #78a673d6
 def load_profile(path: str | Path) -> Profile:
     "The profile in a YAML file; `ValueError` naming the file and the key that is unknown or missing."
     content = yaml.safe_load(Path(path).read_text())
@@ -113,7 +116,8 @@ class Materials:
     def guided(self) -> Perturb:
         "The perturbation of the recipe; `ValueError` if there is none."
         if self.recipe is None:
-            raise ValueError("recipe=None, but guided and fixed views follow one; pass the recipe that `mlvgm-mi impact` or `impact.meet_budget` gives")
+            raise ValueError("recipe=None, but guided and fixed views follow one; pass what `mlvgm-mi impact` or "
+                             "`impact.meet_budget` gives")
         return self.recipe.perturb(self.generator.layout)
 
     def generated(self, perturb: Perturb, **plan: Any) -> ContinuousViews:
@@ -205,6 +209,23 @@ def write_frame(frame: pd.DataFrame, path: str | Path) -> None:
     text, path = frame.to_csv(index=False, lineterminator="\n"), Path(path)
     if not path.exists() or path.read_text() != text:
         _write_text(text, path)
+
+# %% ../nbs/10a_experiments.ipynb #b4502815
+def train_and_judge(
+    run: Run,
+    source: ViewSource,
+    splits: Splits,  # labelled images for the probes
+    dataset: str,  # their name in the table
+    config: TrainConfig,
+    encoder: Mapping[str, Any],  # arguments of `small_resnet`
+    folder: str | Path,  # for checkpoints and the history
+) -> pd.DataFrame:
+    "Rows source, objective, t_x, seed, probe, dataset, split, accuracy in [0, 1]; resumes from `folder`."
+    network = small_resnet(splits.train.image_shape[0], seed=run.seed, **encoder)
+    module = Contrastive(network, OBJECTIVES[run.objective](network.num_features, seed=run.seed), config)
+    fit(module, source, checkpoint_folder=folder, checkpoint_every=500)
+    frame = judge(module.encoder, splits, dataset, seed=run.seed, shares={}).assign(**asdict(run))
+    return frame[[*asdict(run), "probe", "dataset", "split", "accuracy"]]
 
 # %% ../nbs/10a_experiments.ipynb #824013cd
 def publish(

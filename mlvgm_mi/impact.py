@@ -6,7 +6,7 @@
 __all__ = ['ALL_GROUPS', 'COLUMNS', 'ImpactConfig', 'decode_pairs', 'Optics', 'ImpactCritic', 'draw_conditions', 'fit_impact',
            'ImpactSweep', 'impact', 'curves', 'impact_table', 'meet_budget']
 
-# %% ../nbs/07_impact.ipynb #63ae218b
+# %% ../nbs/07_impact.ipynb #ba18eb85
 import math
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
@@ -20,7 +20,7 @@ from scipy import stats
 from sklearn.isotonic import IsotonicRegression
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .generators.core import Generator
 from .latents import Latents, Layout, normal, rng_for
@@ -94,7 +94,7 @@ def _check_images(generator: Generator, images: Tensor) -> Tensor:
                          f"[{low}, {high}]; rescale them in its render")
     return images
 
-# %% ../nbs/07_impact.ipynb #8756dbe8
+# %% ../nbs/07_impact.ipynb #acc16cbf
 class Optics(nn.Module):
     "The leading principal components of `images (M, ...)` under noise of std `sigma_x`, scaled to unit variance."
 
@@ -103,6 +103,8 @@ class Optics(nn.Module):
         flat = images.flatten(1)
         mean = flat.mean(0)
         variances, basis = _principal(flat - mean)
+        if not len(variances):
+            raise ValueError("images are all alike, there is nothing to share; check the generator's weights")
         ratio = variances / (variances + sigma_x**2)
         nats = -torch.log1p(-ratio**2) / 2
         kept = int((nats.cumsum(0) < (1 - drop) * nats.sum()).sum()) + 1
@@ -127,7 +129,7 @@ def _principal(centred: Tensor) -> tuple[Tensor, Tensor]:
     gram = centred.T @ centred if columns <= rows else centred @ centred.T
     values, vectors = torch.linalg.eigh(gram.double())
     values, vectors = values.flip(0), vectors.flip(1).to(centred)
-    keep = values > 1e-9 * values[0]
+    keep = values > 1e-9 * values[0].clamp_min(1e-9)
     vectors = vectors[:, keep] if columns <= rows else centred.T @ vectors[:, keep] / values[keep].sqrt().to(centred)
     return (values[keep] / rows).to(centred), vectors
 
@@ -437,7 +439,7 @@ def meet_budget(
     facts = {"mi_nats": estimate.nats, "se": estimate.se, "sigma_x": estimate.sigma_x, "budget": float(budget)}
     return replace(recipe.scaled(factor), generator=sweep.name, **facts), estimate, search
 
-# %% ../nbs/07_impact.ipynb #3f783ece
+# %% ../nbs/07_impact.ipynb #c62ca0ec
 def _check_budget(sweep: ImpactSweep, recipe: Recipe, budget: float) -> None:
     ceiling = math.log(sweep.config.candidates)
     if not 0 < budget < ceiling:
@@ -456,11 +458,12 @@ def _search(excess: Callable[[float], float], last: float, tolerance: float, bud
     if high[1] > tolerance:
         raise ValueError(f"budget={budget} is out of reach, resampling every moved group leaves {budget + high[1]:.3f} "
                          "nats; move more groups")
+    factor = min(1.0, last)  # the recipe as it came is the first guess
     for _ in range(50):
-        share = min(max(low[1] / (low[1] - high[1]), 0.1), 0.9)
-        factor = low[0] + share * (high[0] - low[0])
         here = factor, excess(factor)
         if abs(here[1]) <= tolerance:
             return
         low, high = (here, high) if here[1] > 0 else (low, here)
+        share = min(max(low[1] / (low[1] - high[1]), 0.1), 0.9)
+        factor = low[0] + share * (high[0] - low[0])
     raise RuntimeError(f"tolerance={tolerance} was not met in 50 measurements; raise it or blocks")

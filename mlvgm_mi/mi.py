@@ -7,7 +7,7 @@ __all__ = ['ESTIMATORS', 'TRUNKS', 'CorrelatedGaussian', 'MIEstimate', 'Bound', 
            'SeparableCritic', 'JointCritic', 'MLP', 'ConvEncoder', 'trunk_for', 'initialise', 'optimise', 'fit_critic',
            'estimate_mi', 'gaussian_mi']
 
-# %% ../nbs/05_mi.ipynb #139aee67
+# %% ../nbs/05_mi.ipynb #d74abfc2
 import math
 from dataclasses import dataclass
 from typing import Callable, Iterable, Sequence
@@ -15,7 +15,7 @@ from typing import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .generators.core import gaussian_mi
 from .latents import normal

@@ -160,7 +160,7 @@ def _draw_curves(ax: Axes, frame: pd.DataFrame, colours: dict[str, tuple]) -> No
     ceiling = frame["ceiling"].iloc[0]
     if np.isfinite(ceiling):
         ax.axhline(ceiling, color="0.4", linestyle="--", linewidth=1)
-        label = f"ceiling log {frame['n'].iloc[0]} = {ceiling:.2f}"
+        label = f"ceiling log {math.exp(ceiling):.0f} = {ceiling:.2f}"
         ax.annotate(label, (1, ceiling), xycoords=("axes fraction", "data"), xytext=(0, 2), textcoords="offset points",
                     ha="right", va="bottom", color="0.4", fontsize="small")
     ax.margins(y=0.1)  # room for the ceiling's label
@@ -182,14 +182,14 @@ def impact_curves(
         _require_one(frame, ["generator", "step"], "select one of them or leave ax out")
         axes = [ax]
     else:
-        size = (0.6 + 3.4 * len(panels), 2.8)
+        size = (1.6 + 3.4 * len(panels), 2.8)
         axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)[1][0]
     for panel, ((generator, step), part) in zip(axes, panels):
         names = part["group"].unique()
-        colours = dict(zip(names, sns.color_palette("viridis", len(names))))
+        colours = dict(zip(names, sns.color_palette("colorblind", len(names))))
         _draw_curves(panel, part, colours)
         panel.set_title(f"{generator}, {step}" if len(panels) > 1 else "")
-        panel.legend(title="group moved")
+    axes[-1].legend(title="group moved", loc="center left", bbox_to_anchor=(1, 0.5))
     axes[0].set_ylabel("nats shared with the anchor")
     return axes[0]
 

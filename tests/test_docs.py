@@ -129,6 +129,13 @@ def test_experiments_fold_code_and_drop_hidden_cells(symbols: pages.Symbols):
     assert second["metadata"]["tags"] == ["hide-input"] and second["outputs"]
 
 
+def test_experiments_fold_code_that_shows_nothing_with_what_follows(symbols: pages.Symbols):
+    notebook = {"cells": [code("a = 1"), code("b = 2"), code("c", stream("stdout", "done")), code("d = 4")]}
+    first, second = pages.experiment_page(notebook, symbols)["cells"]
+    assert "".join(first["source"]) == "a = 1\n\nb = 2\n\nc" and first["outputs"]
+    assert "".join(second["source"]) == "d = 4"
+
+
 # ---- docstrings and files ------------------------------------------------------------------------------------
 
 
@@ -151,7 +158,7 @@ def test_links_lead_to_pages_and_files_come_along(tmp_path: Path):
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures" / "a.png").write_bytes(b"png")
     (tmp_path / "LICENSE").write_text("licence")
-    text = '[nb](nbs/00_x.ipynb) ![f](figures/a.png) <img src="figures/a.png"> [L](LICENSE) [web](https://x.org) [b](#b)'
+    text = '[nb](nbs/00_x.ipynb) ![f](figures/a.png) <img src="figures/a.png"> [L](LICENSE) [w](https://x.org) [b](#b)'
     page = pages.place_markdown(text, tmp_path, tmp_path / "site", {"nbs/00_x.ipynb": "library/00_x.ipynb"})
     assert page == text.replace("nbs/", "library/")
     copied = (path for path in (tmp_path / "site").rglob("*") if path.is_file())

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from mlvgm_mi.latents import rng_for
+from mlvgm_mi.latents import normal, rng_for
 from mlvgm_mi.mi import (
     DV,
     ESTIMATORS,
@@ -178,6 +178,20 @@ def test_the_spread_of_the_rows_understates_the_error():
     jackknife = mean([InfoNCE().estimate(block).se for block in scores[:400]])
     assert (rows.std(-1) / 4).mean().item() < 0.95 * spread
     assert jackknife == pytest.approx(spread, rel=0.08)
+
+
+@named
+def test_errors_of_differences_cover(bound):
+    "Two conditions on common anchors: intervals of the difference hold its mean and are narrower than unpaired ones."
+    near, far = CorrelatedGaussian(3, 1.2), CorrelatedGaussian(3, 0.9)
+    x, e = normal((300, 64, 3), rng_for(0, "x")), normal((300, 64, 3), rng_for(0, "e"))
+    pairs = [(pair, pair.rho * x + math.sqrt(1 - pair.rho**2) * e) for pair in (near, far)]
+    scores = [bound.optimum(torch.stack([p.log_ratio(a, b) for a, b in zip(x, y)])) for p, y in pairs]
+    found = [bound.difference(a, b) for a, b in zip(*scores)]
+    values = torch.tensor([nats for nats, _ in found])
+    assert 0.90 <= mean([abs(nats - values.mean()) <= 1.96 * se for nats, se in found]) <= 0.985
+    assert mean([se for _, se in found]) == pytest.approx(values.std().item(), rel=0.15)
+    assert mean([se for _, se in found]) < 0.7 * mean([bound.estimate(block).se for block in scores[0]])
 
 
 def test_interval_covers_the_closed_form_where_the_estimator_is_unbiased():

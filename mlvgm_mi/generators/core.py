@@ -273,7 +273,8 @@ def _rule_batch(generator: Generator, tolerance: float, seed: int) -> None:
 def _rule_prefix(generator: Generator, tolerance: float, seed: int) -> None:
     "prefix-shared = full decode"
     z, fresh = _draw(generator, seed), _draw(generator, seed, stream="fresh")
-    positives = [tuple(f if k in group.blocks else a for k, (a, f) in enumerate(zip(z, fresh))) for group in generator.layout.groups]
+    swap = lambda group: tuple(f if k in group.blocks else a for k, (a, f) in enumerate(zip(z, fresh)))
+    positives = [swap(group) for group in generator.layout.groups]
     views = generator.decode_views(z, positives)
     for group, positive, image in zip(generator.layout.groups, positives, views[:, 1:].unbind(1)):
         _require_close(image, generator.decode(positive), tolerance, "prefix-shared = full decode", f"group {group.name!r} moved")

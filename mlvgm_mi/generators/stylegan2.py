@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..checkpoints import load_into, read_weights
 from .core import Generator
-from ..latents import Block, Latents, Layout, normal
+from ..latents import Block, Latents, Layout, sample_prior
 
 # %% ../../nbs/04a_generators.stylegan2.ipynb #11efad3c
 @dataclass(frozen=True)
@@ -171,6 +171,21 @@ class SynthesisBlock(nn.Module):
         self.conv1 = SynthesisLayer(outputs, outputs, resolution, config, up=False)
         self.torgb = ToRGB(outputs, config)
 
+# %% ../../nbs/04a_generators.stylegan2.ipynb #e457be14
+def _synthesis(config: StyleGAN2Config) -> nn.Module:
+    "The blocks of all resolutions, coarse to fine, under their published names `b4`, `b8`, ..."
+    synthesis, widths = nn.Module(), [0] + [config.channels(r) for r in config.resolutions]
+    for inputs, resolution in zip(widths, config.resolutions):
+        synthesis.add_module(f"b{resolution}", SynthesisBlock(inputs, resolution, config))
+    return synthesis
+
+
+def _map_distinct(mapping: Mapping, draws: Sequence[Latents]) -> dict[int, Tensor]:
+    "`id(z)` -> w for every distinct z tensor in `draws`, in one pass through the mapping network."
+    distinct = {id(z): z for draw in draws for z in draw}
+    mapped = mapping(torch.cat(list(distinct.values()))).split([len(z) for z in distinct.values()])
+    return dict(zip(distinct, mapped))
+
 # %% ../../nbs/04a_generators.stylegan2.ipynb #f54b796f
 class StyleGAN2(Generator):
     "Blocks are w-slots; all blocks of an anchor hold the same z `(B, z_dim)`, and equal tensors are mapped once."
@@ -188,39 +203,31 @@ class StyleGAN2(Generator):
         slots = [Block(f"w{i}", (config.z_dim,)) for i in range(config.num_ws)]
         self.layout = Layout.of(slots, groups or paper_groups(config.num_ws))
         self.image_shape = (config.img_channels, config.img_resolution, config.img_resolution)
-        self.mapping, self.synthesis = Mapping(config), nn.Module()
-        widths = [0] + [config.channels(r) for r in config.resolutions]
-        self.blocks = [SynthesisBlock(n, r, config) for n, r in zip(widths, config.resolutions)]
-        for r, block in zip(config.resolutions, self.blocks):
-            self.synthesis.add_module(f"b{r}", block)
+        self.mapping, self.synthesis = Mapping(config), _synthesis(config)
 
     def sample(self, n: int, rng: torch.Generator, clip: float | None = None) -> Latents:
         "One z per image, the same tensor in every block."
-        if n < 1:
-            raise ValueError(f"n={n} must be at least 1")
-        return (normal((n, self.config.z_dim), rng, clip),) * self.config.num_ws
+        return sample_prior(Layout.of(self.layout.blocks[:1]), n, rng, clip) * self.config.num_ws
 
     def embed(self, draws: Sequence[Latents]) -> list[Latents]:
         "w for every block of every draw; each distinct z tensor goes through the mapping network once."
-        distinct = {id(z): z for draw in draws for z in draw}
-        mapped = self.mapping(torch.cat(list(distinct.values()))).split([len(z) for z in distinct.values()])
-        whole = dict(zip(distinct, mapped))
+        whole = _map_distinct(self.mapping, draws)
         pulled = whole if self.truncation == 1 else {k: self.mapping.w_avg.lerp(w, self.truncation) for k, w in whole.items()}
         return [tuple((pulled if k < self.cutoff else whole)[id(z)] for k, z in enumerate(draw)) for draw in draws]
 
     def start(self, batch: int) -> tuple[Tensor, Tensor]:
         "The learned 4x4 constant and an empty 2x2 image, which upsamples to an empty 4x4 one."
-        const = self.blocks[0].const
+        const = self.synthesis.b4.const
         return const.expand(batch, -1, -1, -1), const.new_zeros(batch, self.config.img_channels, 2, 2)
 
     def stage(self, k: int, state: tuple[Tensor, Tensor], code: Tensor) -> tuple[Tensor, Tensor]:
         "Slot `k`: even slots run `conv1`; odd ones paint, then `conv0` of the next resolution."
-        (x, image), block = state, self.blocks[k // 2]
+        (x, image), (block, *later) = state, list(self.synthesis.children())[k // 2 :]
         if k % 2 == 0:
             return block.conv1(x, code), image
         image = upsample_image(image, block.resample_filter) + block.torgb(x, code)
-        if k + 1 < self.config.num_ws:
-            x = self.blocks[k // 2 + 1].conv0(x, code)
+        if later:
+            x = later[0].conv0(x, code)
         return x, image
 
     def render(self, state: tuple[Tensor, Tensor]) -> Tensor:
