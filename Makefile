@@ -53,6 +53,7 @@ setup: $(ready) ## make the environment (also done by every command that needs i
 .PHONY: reproduce
 reproduce: $(ready) ## recompute the tables and figures of PROFILE (default: quick), or resume doing so
 	$(python) .ci/workflow.py --cores $(JOBS) --profile $(PROFILE) $(ARGS)
+	@printf '\nTables and executed notebooks are in results/%s, pictures in figures/%s.\n' $(PROFILE) $(PROFILE)
 
 .PHONY: test
 test: $(ready) ## every test: gates, notebooks, docs, workflow, wheel, pytest
