@@ -169,7 +169,7 @@ def _bent(h: Tensor) -> Tensor:
     "`h` and its GELU side by side: linear pairs need only the first half."
     return torch.cat([h, F.gelu(h)], -1)
 
-# %% ../nbs/07_impact.ipynb #b7d3ef79
+# %% ../nbs/07_impact.ipynb #71297d04
 def draw_conditions(groups: int, rng: torch.Generator) -> Tensor:
     "Conditions `(groups + 2, groups)` of a training run: nothing moved, each group alone, and a random recipe."
     draw = lambda: torch.rand(groups, generator=rng, device=rng.device)
@@ -179,7 +179,7 @@ def draw_conditions(groups: int, rng: torch.Generator) -> Tensor:
         recipe = recipe.amax().expand(groups)  # all groups alike
     return torch.cat([torch.zeros_like(recipe)[None], strengths().diag(), recipe[None]])
 
-
+# %% ../nbs/07_impact.ipynb #a70ea6ca
 @dataclass(frozen=True)
 class _Run:
     "One batch of anchors: conditions `(C, groups)` and components `(B, 1 + C, size)` of the clean images."

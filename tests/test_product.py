@@ -130,3 +130,8 @@ def test_the_lock_of_a_killed_run_is_removed(smoke: Path):
     lock.write_text(str(next((smoke / "results" / "smoke").glob("*.csv"))) + "\n")
     done = workflow(smoke)
     assert done.returncode == 0 and "removing the lock" in done.stdout, done.stdout + done.stderr
+
+
+def test_the_readme_quotes_the_committed_results():
+    done = run(sys.executable, "docs/readme_tables.py", "--check", cwd=ROOT, path=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
