@@ -494,6 +494,26 @@ def test_builder_gets_fields_and_source(tmp_path, monkeypatch):
     assert fields["z_dim"] == 2 and fields["num_layers"] == 1 and source == str(path)
 
 
+def test_bigbigan_golden_builds(tmp_path):
+    weights = load_file(GOLDEN / "bigbigan_ch8_weights.safetensors")
+    weights = part(weights, "sd.") or weights
+    same(build_published(read(tmp_path, corpus.torch_file(weights))).state_dict(), weights)
+
+
+def test_nvae_golden_builds(tmp_path):
+    facts, weights = json.loads((GOLDEN / "nvae_mnist.json").read_text()), golden("nvae_mnist_weights", "sd.")
+    checkpoint = {"state_dict": weights, "args": Namespace(**facts["args"]), "arch_instance": facts["arch_instance"]}
+    built = build_published(read(tmp_path, corpus.torch_file(checkpoint))).state_dict()
+    assert {"prior_ftr0", "dec_sampler.0.1.weight"} <= built.keys() <= weights.keys()
+    same(built, {name: weights[name] for name in built})
+
+
+def test_what_cannot_be_built_says_so(tmp_path):
+    checkpoint = corpus.nvae_checkpoint()
+    with pytest.raises(WeightsError, match="file: its configuration cannot be built .*dataset"):
+        build_published(read(tmp_path, corpus.torch_file(checkpoint)))
+
+
 def test_no_builder_for_walkers(tmp_path):
     with pytest.raises(WeightsError, match="no builder for 'walker'"):
         build_published(read(tmp_path, corpus.bases()["walker"]))
