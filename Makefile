@@ -102,10 +102,6 @@ wheel: $(ready) ## build wheel and sdist into dist
 	rm -rf build/lib
 	$(python) -m build --no-isolation --outdir dist .
 
-.PHONY: bench
-bench: $(ready) ## measure speed against peers, one job at a time; keep the machine otherwise idle
-	$(python) .ci/workflow.py --cores 1 --profile $(PROFILE) --target bench $(ARGS)
-
 .PHONY: lock
 lock: $(ready) ## write the versions of the environment to constraints.txt
 	{ grep '^#' constraints.txt; $(pip) freeze --all --exclude-editable \
