@@ -27,11 +27,16 @@ CONTENTS = {"a.gz": b"first " * 100, "b.gz": b"second " * 100}
 FILES = tuple(PackedFile(name, hashlib.sha256(content).hexdigest()) for name, content in CONTENTS.items())
 
 
+def packed(content):
+    "The same gzip bytes at any hour, so that every process that collects the tests gives them the same names."
+    return gzip.compress(content, mtime=0)
+
+
 def fill(folder, **instead):
     "Puts the two files into `folder`; `a=b'...'` replaces the packed bytes of a.gz."
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in CONTENTS.items():
-        (folder / name).write_bytes(instead.get(name[0], gzip.compress(content)))
+        (folder / name).write_bytes(instead.get(name[0], packed(content)))
     return folder
 
 
@@ -125,21 +130,21 @@ def test_a_split_needs_two_parts(n):
 
 # files
 
-@pytest.mark.parametrize("packed, message", [
+@pytest.mark.parametrize("spoiled, message", [
     (b"", "b.gz has the wrong content"),  # an empty stream is valid gzip
     (b"<html>log in first</html>", "b.gz cannot be unpacked"),
-    (gzip.compress(CONTENTS["b.gz"])[:-9], "b.gz cannot be unpacked"),
-    (gzip.compress(CONTENTS["b.gz"])[:-1] + b"\xff", "b.gz cannot be unpacked"),
-    (gzip.compress(CONTENTS["b.gz"] + b"!"), "b.gz has the wrong content .sha256 .* expected"),
-])
-def test_a_damaged_file_is_refused(tmp_path, packed, message):
-    fill(tmp_path, b=packed)
+    (packed(CONTENTS["b.gz"])[:-9], "b.gz cannot be unpacked"),
+    (packed(CONTENTS["b.gz"])[:-1] + b"\xff", "b.gz cannot be unpacked"),
+    (packed(CONTENTS["b.gz"] + b"!"), "b.gz has the wrong content .sha256 .* expected"),
+], ids=["empty", "a web page", "cut short", "wrong length", "other content"])
+def test_a_damaged_file_is_refused(tmp_path, spoiled, message):
+    fill(tmp_path, b=spoiled)
     with pytest.raises(RouteError, match=message):
         FILES[1].unpack(tmp_path)
 
 
 def test_every_turned_bit_of_a_packed_file_is_refused_or_harmless(tmp_path):
-    good = gzip.compress(CONTENTS["a.gz"])
+    good = packed(CONTENTS["a.gz"])
     for at in range(len(good)):
         spoiled = bytearray(good)
         spoiled[at] ^= 1 << at % 8
@@ -169,8 +174,8 @@ def test_the_first_route_that_works_wins_and_later_ones_are_not_asked(tmp_path):
 
 @pytest.mark.parametrize("bad", [
     {"a": b"half", "b": b""},  # both broken
-    {"b": gzip.compress(CONTENTS["b.gz"])[:10]},  # writing stopped in the second
-    {"a": gzip.compress(b"another data set")},
+    {"b": packed(CONTENTS["b.gz"])[:10]},  # writing stopped in the second
+    {"a": packed(b"another data set")},
 ])
 def test_a_damaged_cache_is_never_used_and_gets_replaced(tmp_path, bad):
     cache = fill(tmp_path / "cache", **bad)
@@ -369,7 +374,7 @@ def small_fashion(tmp_path, monkeypatch):
     for file, n in zip(FASHION_MNIST_FILES, (200, 200, 50, 50)):
         images = torch.randint(256, (n, 28, 28), generator=rng, dtype=torch.uint8)
         content = idx(images if "images" in file.name else (torch.arange(n) % 10).byte())
-        (folder / file.name).write_bytes(gzip.compress(content))
+        (folder / file.name).write_bytes(packed(content))
         files.append(PackedFile(file.name, hashlib.sha256(content).hexdigest()))
     monkeypatch.setattr(data, "FASHION_MNIST_FILES", tuple(files))
     monkeypatch.delenv(DATA_VARIABLE, raising=False)
