@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Step', 'GaussianStep', 'Keep', 'VariancePreserving', 'Resample', 'Additive', 'Perturb', 'single', 'uniform', 'moves',
-           'Recipe', 'mi_guided', 'spare_top']
+           'Recipe', 'LossCurve', 'Rule', 'EqualLoss', 'SpareTop', 'displacement', 'WaterFilling', 'mi_guided',
+           'spare_top']
 
 # %% ../nbs/06_perturb.ipynb #b09a93ef
 import math
@@ -234,14 +235,15 @@ def _known_keys(content: Any) -> dict[str, Any]:
 
 # %% ../nbs/06_perturb.ipynb #40826a8c
 @dataclass(frozen=True)
-class _LossCurve:
+class LossCurve:
     "What moving one group costs: nats lost, rising with the share of variance replaced (`s^2`), straight in between."
     share: np.ndarray  # s^2, from 0 to 1
     loss: np.ndarray  # nats, from 0 up
     start: float  # nats at s = 0
 
     @classmethod
-    def fit(cls, group: str, curve: Mapping[float, float]) -> "_LossCurve":
+    def fit(cls, group: str, curve: Mapping[float, float]) -> "LossCurve":
+        "From `{strength: nats shared}`, made to fall; `ValueError`, naming `group`, if it does not run from 0 to 1."
         strengths, nats = _checked_curve(group, curve)
         falling = IsotonicRegression(increasing=False).fit_transform(strengths, nats)
         return cls(strengths**2, falling[0] - falling, float(falling[0]))
@@ -259,11 +261,15 @@ class _LossCurve:
         below = slice(above - 1, above + 1)
         return math.sqrt(np.interp(loss, self.loss[below], self.share[below]))
 
+    def strengths(self, losses: np.ndarray) -> np.ndarray:
+        "`strength` of each of `losses`."
+        return np.array([self.strength(loss) for loss in losses])
 
-def _fit(curves: Mapping[str, Mapping[float, float]]) -> dict[str, _LossCurve]:
+
+def _fit(curves: Mapping[str, Mapping[float, float]]) -> dict[str, LossCurve]:
     if not curves:
         raise ValueError(f"curves={curves} has no group; give a curve for each")
-    return {group: _LossCurve.fit(group, curve) for group, curve in curves.items()}
+    return {group: LossCurve.fit(group, curve) for group, curve in curves.items()}
 
 
 def _checked_curve(group: str, curve: Mapping[float, float]) -> tuple[np.ndarray, np.ndarray]:
@@ -291,7 +297,7 @@ def _level(caps: Sequence[float], total: float) -> float:
     return level
 
 
-def _to_lose(losses: Mapping[str, _LossCurve], budget: float) -> float:
+def _to_lose(losses: Mapping[str, LossCurve], budget: float) -> float:
     "The sum of single losses that leaves about `budget`: right where nothing and where everything is to be lost."
     start = float(np.mean([curve.start for curve in losses.values()]))
     if start <= 0:
@@ -300,37 +306,105 @@ def _to_lose(losses: Mapping[str, _LossCurve], budget: float) -> float:
         raise ValueError(f"budget={budget} must lie between 0 and {start:.4g}, the nats an anchor shares with itself")
     return max(0.0, 1 - budget / start) * sum(curve.cap for curve in losses.values())
 
+# %% ../nbs/06_perturb.ipynb #2082351e
+class Rule(Protocol):
+    "Shares out what may be lost."
 
-def _equal_loss(losses: Mapping[str, _LossCurve], total: float) -> dict[str, float]:
-    level = _level([curve.cap for curve in losses.values()], total) if total > 0 else 0.0
-    return {group: curve.strength(level) for group, curve in losses.items()}
+    @property
+    def name(self) -> str:
+        "What a recipe says of where its strengths come from."
+
+    def __call__(
+        self,
+        losses: Mapping[str, LossCurve],
+        total: float,  # nats to lose, counted group by group
+    ) -> dict[str, float]:
+        "Group -> strength in [0, 1]."
+
+
+@dataclass(frozen=True)
+class EqualLoss:
+    "Every group loses the same number of nats; what one cannot lose the others do."
+    name: str = "equal loss per group"
+
+    def __call__(self, losses: Mapping[str, LossCurve], total: float) -> dict[str, float]:
+        level = _level([curve.cap for curve in losses.values()], total) if total > 0 else 0.0
+        return {group: curve.strength(level) for group, curve in losses.items()}
+
+
+@dataclass(frozen=True)
+class SpareTop:
+    "The group that loses most when it is resampled stays (arXiv 2501.13718); `others` shares the loss among the rest."
+    others: Rule = EqualLoss()
+    name: str = "most impactful group spared"
+
+    def __call__(self, losses: Mapping[str, LossCurve], total: float) -> dict[str, float]:
+        top = max(losses, key=lambda group: losses[group].cap)
+        moved = self.others({group: curve for group, curve in losses.items() if group != top}, total)
+        return {group: moved.get(group, 0.0) for group in losses}
+
+# %% ../nbs/06_perturb.ipynb #2a97b156
+def displacement(strength: float) -> float:
+    "Root mean square distance, per number and in standard deviations of the prior, that a variance-preserving step covers."
+    return math.sqrt(2 - 2 * math.sqrt(1 - strength**2))
+
+# %% ../nbs/06_perturb.ipynb #dc2761a5
+@dataclass(frozen=True)
+class WaterFilling:
+    "The division of the loss that is worth most, exact to a `portions`-th of it; by default the worth is displacement."
+    worth: Mapping[str, Mapping[float, float]] | None = None  # group -> {strength: worth}; None: `displacement`
+    name: str = "most displacement"
+    portions: int = 300
+
+    def __call__(self, losses: Mapping[str, LossCurve], total: float) -> dict[str, float]:
+        spent = np.linspace(0, min(total, sum(curve.cap for curve in losses.values())), self.portions + 1)
+        strengths = {group: curve.strengths(spent) for group, curve in losses.items()}
+        worths = [self._worth(group, s) for group, s in strengths.items()]
+        return {group: float(s[i]) for (group, s), i in zip(strengths.items(), _best_division(worths))}
+
+    def _worth(self, group: str, strengths: np.ndarray) -> np.ndarray:
+        if self.worth is None:
+            return np.array([displacement(s) for s in strengths])
+        if group not in self.worth:
+            raise ValueError(f"worth has no group {group!r}, only {', '.join(self.worth)}; measure it as well")
+        known = np.array(sorted(self.worth[group]), dtype=float)
+        rising = IsotonicRegression().fit_transform(known, [self.worth[group][s] for s in known])
+        return np.interp(strengths**2, known**2, rising)
+
+
+def _best_division(worths: Sequence[np.ndarray]) -> list[int]:
+    "Portions for each, at most `len(worths[0]) - 1` together, that maximise the sum of the worths."
+    best, choices = worths[0], []
+    portions = np.arange(len(best))
+    for worth in worths[1:]:
+        others = portions[:, None] - portions  # what is left for those before, by total and by own portions
+        sums = np.where(others >= 0, best[others.clip(0)] + worth, -np.inf)
+        choices.append(sums.argmax(1))
+        best = sums.max(1)
+    left, division = len(portions) - 1, []
+    for choice in reversed(choices):
+        division.append(int(choice[left]))
+        left -= division[-1]
+    return [int(worths[0][: left + 1].argmax()), *reversed(division)]
 
 # %% ../nbs/06_perturb.ipynb #ea79b5f5
 def mi_guided(
     curves: Mapping[str, Mapping[float, float]],  # of every group: {strength: nats shared when it moves alone}
     budget: float,  # nats that a positive should still share with its anchor
+    rule: Rule = EqualLoss(),  # who loses how much: `EqualLoss()`, `SpareTop()`, `WaterFilling(...)`, or your own
 ) -> Recipe:
-    """Strengths at which every group loses the same number of nats, as many as the budget lets go.
+    """Strengths at which the groups lose, shared out by `rule`, as many nats as the budget lets go.
 
     The loss of several groups is guessed from the single ones; measure it with `impact.meet_budget` afterwards.
     `ValueError` if the budget is negative or above the curves' start, or a curve does not run from strength 0 to 1.
     """
     losses = _fit(curves)
-    return Recipe(_equal_loss(losses, _to_lose(losses, budget)), "equal loss per group", budget=float(budget))
+    return Recipe(rule(losses, _to_lose(losses, budget)), rule.name, budget=float(budget))
 
-# %% ../nbs/06_perturb.ipynb #8b55214a
-def spare_top(
-    curves: Mapping[str, Mapping[float, float]],  # as for `mi_guided`
-    budget: float,  # nats
-) -> Recipe:
-    """Like `mi_guided`, but the group that loses most when it is resampled stays, as in the paper (arXiv 2501.13718).
+
+def spare_top(curves: Mapping[str, Mapping[float, float]], budget: float) -> Recipe:
+    """`mi_guided` with the paper's rule, `SpareTop`; raises as that does.
 
     What the others cannot lose is not lost: the budget may be out of reach, then they are all resampled.
-    `ValueError` as for `mi_guided`.
     """
-    losses = _fit(curves)
-    top = max(losses, key=lambda group: losses[group].cap)
-    others = {group: curve for group, curve in losses.items() if group != top}
-    moved = _equal_loss(others, _to_lose(losses, budget))
-    strengths = {group: moved.get(group, 0.0) for group in losses}
-    return Recipe(strengths, "most impactful group spared", budget=float(budget))
+    return mi_guided(curves, budget, SpareTop())

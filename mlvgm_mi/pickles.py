@@ -15,7 +15,7 @@ from typing import Any, Callable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from .archives import View, opened
+from .archives import View, opened, outline
 from .checkpoints import WeightsError, read_weights
 from .inert import DAMAGE, LIMITS, Limits, PickleRefused, Record
 from mlvgm_mi.snapshots import (
@@ -30,7 +30,8 @@ def _state_dict(tree: Any, limits: Limits) -> Published | None:
         return None
     family = _family_of(tree)
     if family != "bigbigan":
-        raise WeightsError(f"is a state dict of {family} without a configuration; give the whole checkpoint")
+        problem = f"is a state dict of {family} ({_glimpse(tree)}) without a configuration"
+        raise WeightsError(f"{problem}; give the whole checkpoint")
     tensors = load_views(tree, limits)
     config = _bigbigan_config(tensors)
     width = config["shared_dim"] + config["chunk"]
@@ -147,6 +148,7 @@ def read_published(
         tensors, config = read_weights(path)
         return Published(str(config.get("family", _family_of(tensors))), tensors, config, str(path))
     with opened(path, classes, limits) as tree:
+        glimpse = _glimpse(tree)
         try:
             found = next((found for reader in READERS if (found := reader(tree, limits))), None)
         except WeightsError as error:
@@ -155,8 +157,15 @@ def read_published(
             problem = f"{path}: laid out as no published file is ({type(error).__name__}: {str(error)[:200]})"
             raise PickleRefused(f"{problem}; copy it again from its source") from None
     if found is None:
-        raise WeightsError(f"{path}: holds no network that is known here; archives.outline shows what it holds")
+        problem = f"{path}: holds no network that is known here but a {glimpse}"
+        raise WeightsError(f"{problem}; archives.outline shows all of it")
     return replace(found, source=str(path))
+
+
+def _glimpse(tree: Any) -> str:
+    "The first lines of an outline in one."
+    first, *rest = (line.strip() for line in outline(tree, depth=1, items=3).splitlines())
+    return f"{first}: {', '.join(rest)}" if rest else first
 
 
 def _is_safetensors(path: str | Path) -> bool:
@@ -204,12 +213,15 @@ SETTINGS: dict[str, Callable[[Mapping[str, Any]], Any]] = {  # configuration of 
 def build_published(published: Published) -> nn.Module:
     "The network of `published`, built by its family; raises `WeightsError` if that is unknown or does not fit."
     if published.family not in BUILDERS:
-        problem = f"{published.source}: no builder for {published.family!r}"
+        names = ", ".join([*published.tensors][:3])
+        problem = f"{published.source}: no builder for {published.family!r} ({len(published.tensors)} tensors: {names}, ...)"
         raise WeightsError(f"{problem}; there are {', '.join(BUILDERS)}, or use the tensors")
     build = BUILDERS[published.family]
     build = _lookup(build) if isinstance(build, str) else build
     try:
         settings = SETTINGS.get(published.family, dict)(published.config)
+        options = {key: published.config[key] for key in ("temperature",) if key in published.config}
+        return build(published.tensors, settings, published.source, **options)
     except (ValueError, TypeError, KeyError) as error:
-        raise WeightsError(f"{published.source}: its configuration cannot be built ({error})") from None
-    return build(published.tensors, settings, published.source)
+        problem = str(error) if str(error).startswith(published.source) else f"{published.source}: cannot be built ({error})"
+        raise WeightsError(problem) from None

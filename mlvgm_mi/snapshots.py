@@ -396,16 +396,15 @@ def _filter(name: str, config: Mapping[str, Any]) -> Tensor:
 def stylegan2_fields(
     config: Mapping[str, Any],  # complete, as in `Published.config`
 ) -> dict[str, Any]:
-    "Sizes of an unconditional `skip` network; raises `WeightsError` naming what is different."
+    "The arguments of `StyleGAN2Config` for this network; raises `WeightsError` naming what cannot be built."
     mapping, synthesis = config["mapping_kwargs"], config["synthesis_kwargs"]
-    usual = {key: (mapping[key], _STYLEGAN2_MAPPING[key]) for key in ("activation", "lr_multiplier")}
-    fixed = ("architecture", "resample_filter", "use_noise")
-    usual |= {key: (synthesis[key], _STYLEGAN2_SYNTHESIS[key]) for key in fixed}
-    usual |= {"synthesis activation": (synthesis["activation"], "lrelu"), "c_dim": (config["c_dim"], 0)}
-    usual |= {"layer_features": (mapping["layer_features"] or config["w_dim"], config["w_dim"])}
+    usual = {"mapping activation": (mapping["activation"], "lrelu"), "activation": (synthesis["activation"], "lrelu")}
+    usual |= {"resample_filter": (synthesis["resample_filter"], _STYLEGAN2_SYNTHESIS["resample_filter"])}
     for key, (found, wanted) in usual.items():
         if found != wanted:
             raise WeightsError(f"{key}={found!r}: only {wanted!r} can be built; the tensors themselves can be read")
-    sizes = {key: config[key] for key in ("z_dim", "w_dim", "img_resolution", "img_channels")}
-    sizes |= {key: synthesis[key] for key in ("channel_base", "channel_max", "conv_clamp")}
-    return {**sizes, "num_layers": mapping["num_layers"]}
+    if not config["z_dim"] or mapping["w_avg_beta"] is None:
+        raise WeightsError("z_dim=0 or w_avg_beta=None: only networks that have both can be built; the tensors can be read")
+    sizes = {key: config[key] for key in _STYLEGAN2_SIZES}
+    sizes |= {key: synthesis[key] for key in ("channel_base", "channel_max", "conv_clamp", "architecture", "use_noise")}
+    return sizes | {key: mapping[key] for key in ("num_layers", "embed_features", "layer_features", "lr_multiplier")}

@@ -14,7 +14,7 @@ from functools import lru_cache, partial
 from typing import Any, Callable, Iterator, Protocol
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
@@ -210,6 +210,15 @@ class ViewSource(IterableDataset):
             return distributed.get_rank(), distributed.get_world_size()
         return self.rank, self.world_size
 
+    def to(self, device: str | torch.device) -> "ViewSource":
+        "Moves what makes the batches, in place: once for each rank, before training. What is stored stays where it is."
+        return self
+
+    @property
+    def epoch(self) -> int:
+        "The epoch of the next iteration."
+        return int(self._epoch)
+
     def set_epoch(self, epoch: int) -> None:
         "Chooses the epoch of the next iteration, also in workers that are running already."
         self._epoch.fill_(epoch)
@@ -218,7 +227,7 @@ class ViewSource(IterableDataset):
         return self.steps_per_epoch
 
     def __iter__(self) -> Iterator[Tensor]:
-        worker, epoch = get_worker_info(), int(self._epoch)
+        worker, epoch = get_worker_info(), self.epoch
         first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
         return (self.batch(step, epoch) for step in range(first, len(self), stride))
 
@@ -319,9 +328,21 @@ class ContinuousViews(ViewSource):
         if self.steps_per_epoch is None:
             raise ValueError("steps_per_epoch=None, but this source has no end; say how many batches make an epoch")
 
+    @property
+    def device(self) -> torch.device:
+        "Where batches are made: with the generator."
+        return _device(self.generator)
+
+    def to(self, device: str | torch.device) -> "ContinuousViews":
+        "Moves the generator and the learned steps, in place: once for each rank, before training."
+        for part in (self.generator, *self.perturb.steps.values()):
+            if isinstance(part, nn.Module):
+                part.to(device)
+        return self
+
     def draw(self, step: int, epoch: int) -> Tensor:
         "Anchors and positives that no other batch has."
-        rng_of = partial(self.stream, step=step, epoch=epoch, device=_device(self.generator))
+        rng_of = partial(self.stream, step=step, epoch=epoch, device=self.device)
         return draw_views(self.generator, self.perturb, self.batch_size, rng_of, self.views, self.clip)
 
 # %% ../nbs/08_views.ipynb #eb5f2299
@@ -372,7 +393,14 @@ class MixedViews(ViewSource):
 
     def draw(self, step: int, epoch: int) -> Tensor:
         "The rows of both, one after the other."
-        return torch.cat([self.real.draw(step, epoch), self.generated.draw(step, epoch)])
+        generated = self.generated.draw(step, epoch)
+        return torch.cat([self.real.draw(step, epoch).to(generated), generated])
+
+    def to(self, device: str | torch.device) -> "MixedViews":
+        "Moves both parts."
+        self.real.to(device)
+        self.generated.to(device)
+        return self
 
 
 def mixed(

@@ -184,7 +184,8 @@ def _shape(path: Path) -> Iterator[str]:
         return
     if not re.fullmatch(r"# .+\n+> .+", found[0]["source"].strip()):
         yield "the first cell should hold `# title` and `> one-line description` and nothing else"
-    if not any(re.search(rf"^#\|\s*default_exp {re.escape(match[3])}$", cell["source"], re.M) for cell in found):
+    exports = any(directive(cell, "export") for cell in found)  # a page that only uses the library has no module
+    if exports and not any(re.search(rf"^#\|\s*default_exp {re.escape(match[3])}$", cell["source"], re.M) for cell in found):
         yield f"`#| default_exp {match[3]}` is missing"
     for cell in found:
         if directive(cell, "export"):

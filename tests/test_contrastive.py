@@ -7,6 +7,7 @@ import sys
 import warnings
 from dataclasses import dataclass
 
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -143,9 +144,16 @@ def test_temperature_must_be_positive(temperature):
         SimCLR(8, temperature)
 
 
+OPTIONS = {"emi": dict(projection=3), "swav": dict(prototypes=6)}  # for batches of 8
+
+
+def build(name):
+    return lambda: OBJECTIVES[name](32, **OPTIONS.get(name, {}))
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_objectives_train_the_encoder_and_their_heads(name):
-    module = run(lambda: OBJECTIVES[name](32))
+    module = run(build(name))
     before = {key: value.clone() for key, value in module.named_parameters()}
     fit(module, Noise())
     still = [key for key, value in module.named_parameters() if torch.equal(value, before[key])]
@@ -240,6 +248,23 @@ def test_senseless_configurations_are_refused(options, message):
         TrainConfig(**options)
 
 
+def test_simsiams_predictor_keeps_its_learning_rate():
+    class Spy(Contrastive):
+        def optimizer_step(self, epoch, index, optimizer, *args, **kwargs):
+            used.append({group["constant"]: group["lr"] for group in optimizer.param_groups})
+            super().optimizer_step(epoch, index, optimizer, *args, **kwargs)
+
+    used, config = [], TrainConfig(steps=STEPS, warmup=3, lr=0.01)
+    module = Spy(small_resnet(width=4), OBJECTIVES["simsiam"](32), config)
+    history = fit(module, Noise())
+    assert [rates[True] for rates in used] == [0.01] * STEPS
+    assert [rates[False] for rates in used] == pytest.approx(history.lr.tolist())
+    still = {id(p) for p in module.objective.constant_lr()}
+    groups = config.build_optimiser(module.parameters(), module.objective.constant_lr()).param_groups
+    assert {id(p) for group in groups if group["constant"] for p in group["params"]} == still
+    assert sum(len(group["params"]) for group in groups) == len(list(module.parameters()))
+
+
 @pytest.mark.parametrize("optimiser", ["adamw", "sgd"])
 def test_history_holds_the_learning_rates_that_were_used(optimiser):
     class Spy(Contrastive):
@@ -327,22 +352,52 @@ def test_lists_are_sources_in_disguise():
 
 @pytest.fixture(scope="module", params=["simclr-adamw", "simclr-sgd", "simclr-float32", "target"])
 def case(request):
-    build = {
+    start = {
         "simclr-adamw": lambda: run(),
         "simclr-sgd": lambda: run(optimiser="sgd", lr=0.1),
         "simclr-float32": lambda: run(precision="32-true"),
         "target": lambda: run(MovingTarget),
     }[request.param]
-    module = build()
-    return build, module, fit(module, Noise())
+    module = start()
+    return start, module, fit(module, Noise())
+
+
+@pytest.mark.parametrize("name", ["simsiam", "byol", "swav"])
+def test_every_kind_of_objective_goes_on_where_it_was(name, tmp_path):
+    whole = run(build(name))
+    history = fit(whole, Noise())
+    with pytest.raises(InterruptedError):
+        fit(run(build(name)), Noise(fatal=5), tmp_path, checkpoint_every=2)
+    assert len(pd.read_csv(tmp_path / "history.csv")) == 4  # what was reached is on disk
+    resumed = run(build(name))
+    assert fit(resumed, Noise(), tmp_path, checkpoint_every=2).equals(history)
+    assert_same(resumed, whole)
+
+
+def test_a_target_wiped_on_resume_would_be_noticed(tmp_path):
+    "What the official code does: on a resume the target is copied from the encoder again."
+    class Wiping(Contrastive):
+        def on_train_start(self):
+            if self.history:
+                self.objective.attach(self.encoder)
+
+    whole, config = run(build("byol")), TrainConfig(steps=STEPS, warmup=2)
+    history = fit(whole, Noise())
+    assert any(not torch.equal(a, b) for a, b in zip(whole.objective.target["encoder"].parameters(), whole.encoder.parameters()))
+    with pytest.raises(InterruptedError):
+        fit(run(build("byol")), Noise(fatal=5), tmp_path, checkpoint_every=2)
+    wiped = Wiping(small_resnet(width=4), build("byol")(), config)
+    assert not fit(wiped, Noise(), tmp_path, checkpoint_every=2).equals(history)
+    with pytest.raises(AssertionError, match="encoder.body"):
+        assert_same(wiped, whole)
 
 
 @pytest.mark.parametrize("killed, every", [(1, 1), (1, 2), (3, 1), (6, 2), (8, 3)])
 def test_killed_and_resumed_is_uninterrupted(case, killed, every, tmp_path):
-    build, whole, history = case
+    start, whole, history = case
     with pytest.raises(InterruptedError):
-        fit(build(), Noise(fatal=killed), tmp_path, checkpoint_every=every)
-    resumed, source = build(), Noise()
+        fit(start(), Noise(fatal=killed), tmp_path, checkpoint_every=every)
+    resumed, source = start(), Noise()
     assert fit(resumed, source, tmp_path, checkpoint_every=every).equals(history)
     assert_same(resumed, whole)
     assert source.made <= STEPS - (killed - 1) // every * every  # the loader is one batch ahead
@@ -350,19 +405,19 @@ def test_killed_and_resumed_is_uninterrupted(case, killed, every, tmp_path):
 
 
 def test_killed_twice(case, tmp_path):
-    build, whole, history = case
+    start, whole, history = case
     for killed in (3, 6):
         with pytest.raises(InterruptedError):
-            fit(build(), Noise(fatal=killed), tmp_path, checkpoint_every=1)
-    resumed = build()
+            fit(start(), Noise(fatal=killed), tmp_path, checkpoint_every=1)
+    resumed = start()
     assert fit(resumed, Noise(), tmp_path, checkpoint_every=1).equals(history)
     assert_same(resumed, whole)
 
 
 def test_a_finished_run_is_read_back_without_a_batch(case, tmp_path):
-    build, whole, history = case
-    fit(build(), Noise(), tmp_path)
-    again, source = build(), Noise()
+    start, whole, history = case
+    fit(start(), Noise(), tmp_path)
+    again, source = start(), Noise()
     assert fit(again, source, tmp_path).equals(history) and source.made == 0
     assert_same(again, whole)
 
@@ -370,25 +425,30 @@ def test_a_finished_run_is_read_back_without_a_batch(case, tmp_path):
 SCRIPT = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
-from test_contrastive import Noise, fit, run
+from test_contrastive import Noise, build, fit, run
 
 class Fatal(Noise):
     def die(self):
         os.kill(os.getpid(), signal.SIGKILL)
 
-fit(run(), Fatal(fatal=6), sys.argv[2], checkpoint_every=2)
+for name in sys.argv[3:]:
+    if os.fork() == 0:
+        fit(run(build(name)), Fatal(fatal=6), os.path.join(sys.argv[2], name), checkpoint_every=2)
+    print(os.WTERMSIG(os.wait()[1]))
 """
 
 
 @pytest.mark.slow
 def test_sigkill(tmp_path):
-    command = [sys.executable, "-c", SCRIPT, os.path.dirname(__file__), str(tmp_path)]
+    names = ["simclr", "simsiam", "byol", "swav"]
+    command = [sys.executable, "-c", SCRIPT, os.path.dirname(__file__), str(tmp_path), *names]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert list(tmp_path.glob("step-*.ckpt"))
-    whole, resumed = run(), run()
-    assert fit(whole, Noise()).equals(fit(resumed, Noise(), tmp_path, checkpoint_every=2))
-    assert_same(whole, resumed)
+    assert done.stdout.split() == [str(int(signal.SIGKILL))] * 4, done.stderr
+    for name in names:
+        assert list((tmp_path / name).glob("step-*.ckpt"))
+        whole, resumed = run(build(name)), run(build(name))
+        assert fit(whole, Noise()).equals(fit(resumed, Noise(), tmp_path / name, checkpoint_every=2))
+        assert_same(whole, resumed)
 
 
 DAMAGE = {
@@ -428,3 +488,29 @@ def test_global_state_and_output_stay_alone(tmp_path, capfd):
         fit(module, Noise(), tmp_path)
     assert torch.equal(before, torch.random.get_rng_state())
     assert capfd.readouterr() == ("", "")
+
+
+# logs
+
+
+def test_logs_hold_the_curve_and_the_first_views(tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    history = fit(run(steps=25), Noise(), logs=tmp_path)
+    found = events.EventAccumulator(str(tmp_path)).Reload()
+    logged = {name: [(event.step, event.value) for event in found.Scalars(name)] for name in ("loss", "lr")}
+    for name, pairs in logged.items():
+        assert [step for step, _ in pairs] == [9, 19]
+        assert [value for _, value in pairs] == pytest.approx(history[name][[9, 19]].tolist(), rel=1e-5)
+    assert found.Tags()["images"] == ["views"]
+    assert {"views.png", "views.pdf"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_a_source_that_can_be_moved_is_moved_once():
+    class Movable(Noise):
+        def to(self, device):
+            moves.append(str(device))
+            return self
+
+    moves = []
+    fit(run(), Movable())
+    assert moves == ["cpu"]

@@ -13,7 +13,7 @@ from mlvgm_mi import evaluate
 from mlvgm_mi.data import ImageSet, Splits, load_digits
 from mlvgm_mi.evaluate import (
     Interval, ProbeResult, SoftmaxRegression, alignment_uniformity, confidence_interval, effective_rank, features,
-    few_label_probe, judge, knn, linear_probe, paired_difference,
+    few_label_probe, geometry, judge, judge_layers, knn, linear_probe, paired_difference, sgd_probe, transfer,
 )
 from mlvgm_mi.latents import rng_for
 
@@ -412,3 +412,74 @@ def test_rank_of_nothing():
         effective_rank(torch.ones(4, 3))
     with pytest.raises(ValueError, match="expected .N, D."):
         effective_rank(torch.ones(1, 3))
+
+
+# the paper's probe
+
+
+def test_one_step_of_the_sgd_probe_is_the_one_written_by_hand(data):
+    (x, y), seed = data["train"], 3
+    got = sgd_probe(**data, epochs=1, lr=0.5, batch=len(y), seed=seed)
+    weight = 0.01 * torch.randn(4, x.shape[1], generator=rng_for(seed, "sgd-probe"))
+    residual = (x @ weight.T).softmax(1) - nn.functional.one_hot(y, 4)
+    weight, bias = weight - 0.5 * residual.T @ x / len(y), -0.5 * residual.mean(0)
+    tx, ty = data["test"]
+    assert got.test == pytest.approx(float(((tx @ weight.T + bias).argmax(1) == ty).double().mean()))
+
+
+def test_the_sgd_probe_reaches_the_convex_solution_and_its_seed_decides_the_rest(data):
+    best = linear_probe(**data)
+    first, again, other = (sgd_probe(**data, epochs=10, lr=0.1, seed=seed) for seed in (0, 0, 1))
+    assert first == again and abs(first.test - best.test) < 0.03 and abs(other.test - best.test) < 0.03
+    at_thirty = sgd_probe(**data, epochs=2)
+    assert first != at_thirty and at_thirty.choice == 2
+
+
+def test_the_sgd_probe_checks_its_shapes(data):
+    with pytest.raises(ValueError, match="splits have features of different widths"):
+        sgd_probe(data["train"], (data["val"][0][:, :3], data["val"][1]), data["test"])
+
+
+# layers, transfer, geometry
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    "Digits, a few of each, and an encoder with a head that keeps two numbers."
+    digits = load_digits()
+    parts = [part.subset(slice(0, n)) for part, n in ((digits.train, 200), (digits.val, 60), (digits.test, 60))]
+    pool = nn.Sequential(nn.AvgPool2d(8), nn.Flatten())
+    return Splits(*parts), pool, nn.Sequential(pool, nn.Linear(16, 2))
+
+
+def test_layers_are_judged_under_their_names(tiny):
+    splits, encoder, head = tiny
+    frame = judge_layers({"": encoder, "head": head}, splits, "digits", shares={})
+    assert frame.probe.unique().tolist() == ["linear", "knn", "head_linear", "head_knn"]
+    plain = judge(encoder, splits, "digits", shares={})
+    pd.testing.assert_frame_equal(frame[:4], plain)
+    accuracy = frame[frame.split == "test"].set_index("probe").accuracy
+    assert accuracy.linear > accuracy.head_linear + 0.1  # two numbers cannot hold what sixteen do
+
+
+def test_transfer_is_judge_on_every_set_and_names_the_one_that_does_not_fit(tiny):
+    splits, encoder, _ = tiny
+    other = Splits(*(ImageSet(255 - part.images, part.labels, part.class_names)
+                     for part in (splits.train, splits.val, splits.test)))
+    frame = transfer(encoder, {"digits": splits, "negatives": other})
+    assert frame.dataset.unique().tolist() == ["digits", "negatives"] and len(frame) == 8
+    assert frame[frame.dataset == "digits"].accuracy.tolist() == judge(encoder, splits, "digits", shares={}).accuracy.tolist()
+    with pytest.raises(ValueError, match=r"^colour: images of shape \(3, 32, 32\) cannot be judged"):
+        colour = Splits(*(ImageSet(part.images.expand(-1, 3, -1, -1), part.labels, part.class_names)
+                          for part in (splits.train, splits.val, splits.test)))
+        transfer(nn.Sequential(nn.Conv2d(1, 2, 8, 8), nn.Flatten()), {"colour": colour})
+
+
+def test_geometry_of_known_features():
+    views = draw(200, 1, 1, 2, 2, stream="views").sigmoid().expand(-1, 2, -1, -1, -1)  # two equal views each
+    found = geometry(nn.Flatten(), views)
+    rows = views[:, 0].flatten(1)
+    assert found["alignment"] == 0 and found["effective_rank"] == pytest.approx(effective_rank(rows.repeat_interleave(2, 0)))
+    assert found["uniformity"] == pytest.approx(alignment_uniformity(views.flatten(2))[1])
+    with pytest.raises(ValueError, match="expected .B, V, C, H, W."):
+        geometry(nn.Flatten(), views[:, 0])

@@ -7,17 +7,32 @@ import torch
 import yaml
 
 from mlvgm_mi.data import load_digits
-from mlvgm_mi.experiments import SOURCES, Materials, Run, cell, load_profile, make_source, publish, weights_digest, write_frame
-from mlvgm_mi.generators.core import load_generator
-from mlvgm_mi.perturb import Recipe
+from mlvgm_mi.experiments import (
+    MATERIAL_FILES, SOURCES, Materials, Run, cell, fingerprint, group_gaussian, load_profile, make_source, material_files,
+    publish, source_kind, sources_table, weights_digest, write_frame,
+)
+from mlvgm_mi.generators.core import LinearGaussian, load_generator
+from mlvgm_mi.latents import rng_for
+from mlvgm_mi.perturb import Additive, Perturb, Recipe, moves
+from mlvgm_mi.views import AUGMENTATIONS
+from mlvgm_mi.walkers import all_groups, fresh_walkers, save_walkers
 
 PROFILES = sorted((Path(__file__).parents[1] / "nbs" / "experiments" / "profiles").glob("*.yaml"))
 RECIPE = Recipe({"w0-1": 0.1, "w2-3": 0.2, "w4-5": 0.9, "w6-7": 1.0})
 
 
+NAMES = [name for name in SOURCES if "<" not in name] + ["fixed-30", "replayed-2", "mixed-0.5"]
+
+
+def walkers(generator, *sets, seed=0):
+    return fresh_walkers(generator, sets, seed).scaled(100)
+
+
 @pytest.fixture(scope="module")
 def materials():
-    return Materials(load_digits().train, load_generator("fashion-stylegan2"), RECIPE)
+    shipped = load_generator("fashion-stylegan2")
+    return Materials(load_digits().train, shipped, RECIPE, walkers=walkers(shipped, "w0-1", "w4-5+w6-7"),
+                     walker_all=walkers(shipped, all_groups(shipped.layout)))
 
 
 @pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
@@ -48,21 +63,110 @@ def test_run_names_are_checked(name):
         Run.parse(name)
 
 
-@pytest.mark.parametrize("name", [*SOURCES, "fixed-30"])
-def test_every_source_gives_repeatable_batches(materials, name):
-    plan = dict(t_x="no_color", batch_size=4, steps_per_epoch=2, seed=3)
-    one, two = make_source(name, materials, **plan), make_source(name, materials, **plan)
-    assert one.batch(1).shape == (4, 2, 1, 32, 32)
-    assert torch.equal(one.batch(1), two.batch(1)) and not torch.equal(one.batch(0), one.batch(1))
+@pytest.mark.parametrize("t_x", AUGMENTATIONS)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_source_takes_every_augmentation_and_repeats_itself(materials, name, t_x):
+    plan = dict(t_x=t_x, batch_size=4, steps_per_epoch=2, seed=3)
+    one = make_source(name, materials, **plan)
+    assert one.batch(1).shape == (4, 2, 1, 32, 32) and not torch.equal(one.batch(0), one.batch(1))
+    if t_x == "simclr":
+        assert torch.equal(one.batch(1), make_source(name, materials, **plan).batch(1))
 
 
-def test_unknown_sources_and_augmentations(materials):
-    with pytest.raises(KeyError, match="name='fake' is unknown; choose one of real"):
-        make_source("fake", materials, "none")
+def test_the_names_cover_all_sources():
+    assert {source_kind(name)[0] for name in NAMES} == set(SOURCES.values())
+
+
+WRONG = ["fake", "", "-", "fixed", "fixed-", "fixed-2.5", "fixed-<size>", "mixed-half", "guided-3", "replayed-x"]
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_unknown_sources(materials, name):
+    with pytest.raises(KeyError, match=f"name='{name}' is unknown; choose one of real"):
+        make_source(name, materials, "none")
+
+
+def test_unknown_augmentations(materials):
     with pytest.raises(KeyError, match="t_x='blur' is unknown; choose one of none"):
         make_source("real", materials, "blur")
-    with pytest.raises(ValueError, match="recipe=None"):
-        make_source("guided", Materials(materials.images, materials.generator), "none", steps_per_epoch=1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_source_says_which_material_it_lacks(materials, name):
+    bare, files = Materials(materials.images, materials.generator), material_files(name)
+    plan = dict(t_x="none", batch_size=4, steps_per_epoch=2)
+    assert set(files.values()) <= {file for file, _, _ in MATERIAL_FILES.values()}
+    if files:
+        with pytest.raises(ValueError, match=f"{[*files][0]}=None, but this source needs it; (pass|teach)"):
+            make_source(name, bare, **plan)
+    else:
+        make_source(name, bare, **plan).batch(0)
+
+
+def test_materials_come_from_files(materials, tmp_path):
+    RECIPE.to_yaml(tmp_path / "recipe.yaml")
+    save_walkers(tmp_path / "walkers.safetensors", materials.walkers)
+    read = Materials(materials.images, materials.generator, tmp_path / "recipe.yaml", walkers=str(tmp_path / "walkers.safetensors"))
+    plan = dict(t_x="none", batch_size=4, steps_per_epoch=2)
+    for name in ("guided", "group-walker"):
+        assert torch.equal(make_source(name, read, **plan).batch(0), make_source(name, materials, **plan).batch(0))
+        assert fingerprint(name, read) == fingerprint(name, materials)
+
+
+@pytest.mark.parametrize("material", MATERIAL_FILES)
+def test_a_missing_file_is_named(materials, material):
+    with pytest.raises(ValueError, match=f"{material}='nowhere.bin' is no file; (pass|teach)"):
+        Materials(materials.images, materials.generator, **{material: "nowhere.bin"})
+
+
+def drawn(materials, name):
+    "What moves in a draw, by group, and how many tensors the positive has."
+    perturb = make_source(name, materials, "none", batch_size=4, steps_per_epoch=1).perturb
+    anchor = materials.generator.sample(4, rng_for(0, "anchor"))
+    positive = perturb(anchor, lambda group: rng_for(0, group))
+    layout = materials.generator.layout
+    changed = {group.name for group in layout.groups if positive[group.start] is not anchor[group.start]}
+    return changed, len({id(z) for z in positive})
+
+
+def test_sources_move_the_groups_they_say(materials):
+    every = set(materials.generator.layout.group_names)
+    assert drawn(materials, "synthetic") == (set(), 1)
+    assert drawn(materials, "uniform") == drawn(materials, "walker-all") == (every, 1)
+    assert drawn(materials, "group-gaussian") == (every, 4)
+    assert drawn(materials, "group-walker") == ({"w0-1", "w4-5", "w6-7"}, 3)  # one stays, two are moved as one
+    assert drawn(materials, "guided") == (every, 4)
+
+
+def test_the_papers_strengths_and_own_ones():
+    four, six, five = (LinearGaussian.random([1.0] * n).layout for n in (4, 6, 5))
+    assert moves(group_gaussian(four)) == {"z0": (1, 0.22), "z1": (1, 0.11), "z2": (1, 0.88), "z3": (1, 0.88)}
+    assert moves(group_gaussian(six)) == {f"z{k}": (1, 1.0) for k in range(1, 6)}
+    assert moves(group_gaussian(five, {"z4": 0.5, "z0": 0})) == {"z4": (1, 0.5)}
+    with pytest.raises(ValueError, match="strengths for 4 or 6 groups and this layout has 5; give a sigma for each of z0, z1"):
+        group_gaussian(five)
+
+
+def test_half_of_a_mixed_batch_is_real(materials):
+    batch = make_source("mixed-0.5", materials, "none", batch_size=8, steps_per_epoch=1).batch(0)
+    equal = [torch.equal(*pair) for pair in batch]
+    assert equal == [True] * 4 + [False] * 4
+
+
+CHANGES = {
+    "images": lambda m: m.images.subset(slice(50)), "recipe": lambda m: m.recipe.scaled(0.5), "uniform_sigma": lambda m: 0.3,
+    "group_sigmas": lambda m: {"w0-1": 0.1}, "walkers": lambda m: walkers(m.generator, "w0-1", "w4-5+w6-7", seed=1),
+    "walker_all": lambda m: Perturb(m.generator.layout, {"w6-7": Additive(0.2)}),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_fingerprint_changes_with_what_a_source_reads_and_nothing_else(materials, name):
+    before = fingerprint(name, materials)
+    for material, change in CHANGES.items():
+        given = {"recipe": RECIPE, "walkers": materials.walkers, "walker_all": materials.walker_all} | {material: change(materials)}
+        after = fingerprint(name, Materials(**({"images": materials.images, "generator": materials.generator} | given)))
+        assert (after != before) == (material in source_kind(name)[0].needs), material
 
 
 def test_fixed_sets_repeat_and_continuous_ones_do_not(materials):
@@ -70,6 +174,41 @@ def test_fixed_sets_repeat_and_continuous_ones_do_not(materials):
     distinct = lambda name: len({image.numpy().tobytes() for step in range(6)
                                  for image in make_source(name, materials, **plan).batch(step)[:, 0]})
     assert distinct("fixed-20") == 20 and distinct("guided") == 60
+
+
+def test_replayed_anchors_come_back(materials):
+    source = make_source("replayed-2", materials, "none", batch_size=4, steps_per_epoch=4)
+    first, second = source.batch(1), source.batch(2)
+    assert torch.equal(first[2:, 0], second[:2, 0]) and not torch.equal(first[2:, 1], second[:2, 1])
+
+
+def rows(source, t_x, accuracies, split="test", objective="simclr"):
+    return [dict(source=source, objective=objective, t_x=t_x, seed=seed, probe="linear", dataset="d", split=split, accuracy=value)
+            for seed, value in enumerate(accuracies)]
+
+
+def test_the_table_compares_like_with_like():
+    frame = pd.DataFrame([
+        *rows("real", "none", [0.5, 0.6, 0.7]), *rows("real", "none", [0.5, 0.5, 0.5], "val"),
+        *rows("real", "simclr", [0.6, 0.6, 0.6]), *rows("real", "simclr", [0.9, 0.9, 0.9], "val"),
+        *rows("guided", "none", [0.6, 0.7, 0.9]), *rows("guided", "none", [0.1, 0.1, 0.1], "val"),
+        *rows("guided", "none", [0.3, 0.3, 0.3], objective="byol"),
+    ])
+    table = sources_table(frame).set_index(["objective", "t_x", "source"])
+    guided = table.loc["simclr", "none", "guided"]
+    assert guided.accuracy == pytest.approx(2.2 / 3) and guided.seeds == 3
+    half = 4.302653 * 0.057735 / 3**0.5  # Student's t for two degrees of freedom, standard deviation of 0.1, 0.1, 0.2
+    assert guided.minus_real == pytest.approx(0.4 / 3)
+    assert (guided.minus_real_low, guided.minus_real_high) == pytest.approx((0.4 / 3 - half, 0.4 / 3 + half), abs=1e-5)
+    assert guided.minus_best_real == pytest.approx(0.4 / 3)  # real with simclr: best on validation, not on test
+    assert table.loc["simclr", "none", "real"].isna()[["minus_real", "minus_uniform"]].all()
+    assert table.loc["byol", "none", "guided"].isna()[["minus_real", "minus_uniform", "minus_best_real"]].all()
+
+
+def test_other_seeds_are_not_compared():
+    frame = pd.DataFrame([*rows("real", "none", [0.5, 0.6]), *rows("uniform", "none", [0.5, 0.6, 0.7])])
+    with pytest.raises(ValueError, match="pairs need the same ones"):
+        sources_table(frame)
 
 
 def test_cells_are_keyed_by_what_determines_them(tmp_path):

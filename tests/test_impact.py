@@ -1,5 +1,6 @@
 "The sweep, its table and the budget, against the linear generator where every answer is known."
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -14,9 +15,12 @@ from mlvgm_mi.impact import (
     COLUMNS,
     ImpactConfig,
     ImpactCritic,
+    ImpactSweep,
     Optics,
+    OutOfReachError,
     curves,
     decode_pairs,
+    decode_pool,
     draw_conditions,
     fit_impact,
     impact,
@@ -27,7 +31,7 @@ from mlvgm_mi.latents import Block, Layout, normal, rng_for
 from mlvgm_mi.mi import initialise
 from mlvgm_mi.perturb import Recipe, mi_guided
 
-CONFIG = ImpactConfig(sigma_x=1.0, steps=500, pool=500 * 128, estimators=("infonce", "nwj", "dv", "smile"))
+CONFIG = ImpactConfig(sigma_x=1.0, steps=500, pool=500 * 128, blocks=2, estimators=("infonce", "nwj", "dv", "smile"))
 TINY = ImpactConfig(strengths=(0.5, 1.0), candidates=16, blocks=2, pool=16, batch=8, steps=3, features=8)
 
 
@@ -341,6 +345,66 @@ def test_frames_of_two_generators_are_refused():
         impact_table(made_frame([1.0]), estimator="dv")
 
 
+# --- looks and pools
+
+
+def test_looks_make_values_sharper_and_their_errors_honest(line, sweep):
+    "Over fresh draws the scatter is what the standard error says; and it is smaller than that of single looks."
+    strengths, spread = {"z0": 0.3}, {}
+    for looks in (1, 4):
+        few = ImpactSweep(sweep.pool, sweep.critic, replace(CONFIG, looks=looks, candidates=256), 0, "x", [])
+        found = [few.measure(strengths, draw=draw) for draw in range(100, 124)]
+        spread[looks] = np.std([e.nats for e in found], ddof=1)
+        assert spread[looks] == pytest.approx(np.mean([e.se for e in found]), rel=0.45)
+    assert np.mean([e.se for e in found]) < 0.95 * few_error(sweep, strengths)
+
+
+def few_error(sweep, strengths) -> float:
+    single = ImpactSweep(sweep.pool, sweep.critic, replace(CONFIG, looks=1, candidates=256), 0, "x", [])
+    return np.mean([single.measure(strengths, draw=draw).se for draw in range(100, 124)])
+
+
+def test_a_pool_gives_what_decoding_anew_gives(line):
+    pool = decode_pool(line, TINY, seed=3)
+    pd.testing.assert_frame_equal(fit_impact(line, TINY, 3, pool=pool).frame, impact(line, TINY, 3))
+
+
+def test_a_pool_is_decoded_once(line):
+    generator = Recording(list(line.mixing))
+    generator.seen = []
+    pool = decode_pool(generator, TINY)
+    assert len(fit_impact(generator, TINY, pool=pool).frame)
+    decoded = len(generator.seen)
+    assert len(fit_impact(generator, replace(TINY, features=16), pool=pool).frame)
+    assert len(generator.seen) == decoded
+
+
+def test_runs_are_cut_into_batches(line):
+    pool = decode_pool(line, TINY)
+    small = pool.batches(3)
+    assert [len(run.components) for run in small] == [3, 3, 3, 3]
+    assert torch.equal(small[0].components, pool.runs[0].components[:3])
+    with pytest.raises(ValueError, match="size=9 exceeds the 8 anchors"):
+        pool.batches(9)
+
+
+def test_a_pool_of_one_group_moves_no_other(line):
+    pool = decode_pool(line, TINY).only("z1")
+    assert all((run.conditions[:, [0, 2, 3]] == 0).all() and (run.conditions[:, 1] > 0).any() for run in pool.runs)
+    assert all(run.components.shape[1] == 1 + len(run.conditions) for run in pool.runs)
+
+
+@pytest.mark.parametrize("loss", ["nwj", "smile", "mine"])
+def test_critics_of_other_losses(line, loss):
+    found = fit_impact(line, replace(TINY, trained_by=loss)).frame
+    assert found["mi_nats"].notna().all()
+
+
+def test_out_of_reach_has_a_name(sweep):
+    with pytest.raises(OutOfReachError, match="budget=0.5 is out of reach"):
+        meet_budget(sweep, Recipe({"z3": 0.5}), 0.5)
+
+
 # --- refusals
 
 
@@ -356,7 +420,9 @@ def test_frames_of_two_generators_are_refused():
     ("pool", 64, "pool=64 is too small; use 128"),
     ("steps", 0, "steps=0"),
     ("blocks", 0, "blocks=0"),
-    ("estimators", ("mine",), "'mine' is unknown; choose from infonce"),
+    ("estimators", ("mime",), "'mime' is unknown; choose from infonce"),
+    ("trained_by", "mime", "'mime' is unknown; choose from infonce"),
+    ("looks", 0, "looks=0"),
 ])
 def test_bad_configurations(field, value, words):
     with pytest.raises(ValueError, match=words):

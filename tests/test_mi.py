@@ -8,6 +8,8 @@ from mlvgm_mi.latents import normal, rng_for
 from mlvgm_mi.mi import (
     DV,
     ESTIMATORS,
+    FLO,
+    MINE,
     MLP,
     NWJ,
     SMILE,
@@ -28,6 +30,7 @@ from mlvgm_mi.mi import (
 
 BOUNDS = list(ESTIMATORS.values())
 named = pytest.mark.parametrize("bound", BOUNDS, ids=list(ESTIMATORS))
+apart = pytest.mark.parametrize("bound", BOUNDS[:4], ids=list(ESTIMATORS)[:4])  # MINE reads like DV, FLO like NWJ
 
 
 def perfect(bound: Bound, pair: CorrelatedGaussian, blocks: int, candidates: int, seed: int = 0) -> torch.Tensor:
@@ -69,7 +72,11 @@ def slow_smile(s, tau=5.0):
     return float(mean(s.diagonal())) - math.log(mean([math.exp(max(-tau, min(tau, v))) for v in chance(s)]))
 
 
-SLOW = {"infonce": slow_infonce, "nwj": slow_nwj, "dv": slow_dv, "smile": slow_smile}
+def slow_flo(s):
+    return float(mean(s.diagonal())) + 1 - mean([math.exp(v) for v in chance(s)])
+
+
+SLOW = {"infonce": slow_infonce, "nwj": slow_nwj, "dv": slow_dv, "smile": slow_smile, "mine": slow_dv, "flo": slow_flo}
 
 
 @named
@@ -158,7 +165,7 @@ def test_nothing_is_clipped_at_zero():
 
 
 @pytest.mark.parametrize("candidates", [32, 256])
-@named
+@apart
 def test_standard_errors_cover(bound, candidates):
     "Intervals of 300 repetitions hold the mean of the repetitions about 95 times in 100, and se is the spread."
     pair, repeats = CorrelatedGaussian(3, 1.0), 300
@@ -180,7 +187,7 @@ def test_the_spread_of_the_rows_understates_the_error():
     assert jackknife == pytest.approx(spread, rel=0.08)
 
 
-@named
+@apart
 def test_errors_of_differences_cover(bound):
     "Two conditions on common anchors: intervals of the difference hold its mean and are narrower than unpaired ones."
     near, far = CorrelatedGaussian(3, 1.2), CorrelatedGaussian(3, 0.9)
@@ -207,6 +214,83 @@ def test_the_cost_of_the_ceiling_is_about_the_bias():
         assert 0 < estimate.ceiling_cost < nats - estimate.nats + 4 * estimate.se + 0.05
 
 
+@pytest.mark.parametrize("bound", [NWJ(), DV(), MINE(), FLO()], ids=["nwj", "dv", "mine", "flo"])
+def test_without_a_ceiling_there_is_a_limit_and_it_is_told(bound):
+    "Below the limit intervals cover; beyond it the value says so."
+    for nats, candidates in ((4.0, 128), (5.0, 256)):
+        scores = perfect(bound, CorrelatedGaussian(6, nats), 60, candidates)
+        found = [bound.estimate(block) for block in scores]
+        assert nats < bound.limit(candidates) and not any(e.saturated for e in found)
+        assert mean([low <= nats <= high for low, high in (e.interval() for e in found)]) >= 0.85
+    beyond = bound.estimate(perfect(bound, CorrelatedGaussian(6, 7.0), 8, 64))
+    assert beyond.ceiling == math.inf and beyond.saturated
+    assert f"beyond the {math.log(64 * 63 / 20):.2f} that so many pairs support" in repr(beyond)
+
+
+def test_smile_runs_high_where_scores_pass_tau_and_tells():
+    pair = CorrelatedGaussian(6, 6.0)
+    scores = perfect(SMILE(), pair, blocks=4, candidates=512)
+    clipped, open_ended = SMILE(3.0).estimate(scores), SMILE(8.0).estimate(scores)
+    assert clipped.saturated and clipped.nats > 7 and clipped.limit == 3
+    assert not open_ended.saturated and open_ended.nats == pytest.approx(6, rel=0.10)
+    assert SMILE(50.0).limit(512) == DV().limit(512)
+
+
+def test_both_directions_of_infonce_end_at_the_ceiling():
+    scores = perfect(InfoNCE(), CorrelatedGaussian(8, 12.0), blocks=8, candidates=32)
+    rows, columns = InfoNCE().estimate(scores), InfoNCE().estimate(scores.mT)
+    assert rows.nats != columns.nats
+    assert all(3.0 < e.nats <= math.log(32) and e.saturated for e in (rows, columns))
+
+
+# --- losses with a memory, critics with a head
+
+
+def test_mine_divides_by_the_moving_average():
+    scores = random_scores(5, 5).requires_grad_()
+    loss, average = MINE(0.6).training_loss(), None
+    for shift in (0.0, 2.0, -1.0):
+        weights = (scores.detach() + shift).exp() * (1 - torch.eye(5))
+        batch = weights.sum() / 20
+        average = batch if average is None else 0.6 * average + 0.4 * batch
+        value = loss(scores + shift)
+        assert value.item() == pytest.approx(DV().loss(scores + shift).item())
+        expected = weights / 20 / average - torch.eye(5) / 5
+        torch.testing.assert_close(torch.autograd.grad(value, scores)[0], expected.to(scores))
+
+
+def test_each_training_of_mine_begins_anew():
+    scores = random_scores(5, 5).requires_grad_()
+    gradient = lambda loss: torch.autograd.grad(loss(scores), scores)[0]
+    first = MINE().training_loss()
+    first(scores + 9)
+    assert not torch.equal(gradient(first), gradient(MINE().training_loss()))
+    torch.testing.assert_close(gradient(MINE().training_loss()), gradient(MINE(0.0).training_loss()))
+
+
+def test_mine_survives_scores_that_would_overflow():
+    scores = (torch.full((4, 4), 500.0)).requires_grad_()
+    loss = MINE().training_loss()
+    loss(scores - 500)
+    assert torch.autograd.grad(loss(scores), scores)[0].isfinite().all()
+
+
+def test_flo_is_the_formula_of_its_paper():
+    critic, head = SeparableCritic(MLP(2, 3, (8,)), MLP(3, 3, (8,))), MLP(5, 1, (8,))
+    x, y = torch.randn(6, 2, generator=rng_for(0, "x")), torch.randn(6, 3, generator=rng_for(0, "y"))
+    f, u = critic(x, y), head(torch.cat([x, y], 1))[:, 0]
+    terms = [u[i] + (-u[i]).exp() * mean([(f[i, j] - f[i, i]).exp() for j in range(6) if j != i]) for i in range(6)]
+    equipped = FLO().equip(critic, 5)
+    equipped.head = head
+    torch.testing.assert_close(FLO().values(equipped(x, y)), 1 - mean(terms))
+
+
+def test_flo_with_the_head_of_infonce_is_tight():
+    "With u worked out from the other half of the candidates, FLO's scores are log ratios again."
+    scores = perfect(InfoNCE(), CorrelatedGaussian(3, 1.5), 2, 256)
+    torch.testing.assert_close(FLO().values(FLO().calibrate(scores)), NWJ().values(NWJ().calibrate(scores)))
+
+
 # --- calibration
 
 
@@ -217,7 +301,7 @@ def test_infonce_needs_no_calibration():
     torch.testing.assert_close(InfoNCE().values(shifted), InfoNCE().values(scores))
 
 
-@pytest.mark.parametrize("name", ["nwj", "dv", "smile"])
+@pytest.mark.parametrize("name", ["nwj", "dv", "smile", "mine", "flo"])
 def test_calibration_undoes_a_term_per_anchor(name):
     bound, pair = ESTIMATORS[name], CorrelatedGaussian(3, 1.0)
     scores = perfect(InfoNCE(), pair, 2, 512)
@@ -264,10 +348,10 @@ def test_trained_critic_is_within_ten_percent(nats):
     assert estimate.nats == pytest.approx(nats, rel=0.10)
 
 
-@pytest.mark.parametrize("bound", [NWJ(), DV(), SMILE()], ids=["nwj", "dv", "smile"])
-def test_other_bounds_train_too(bound):
-    pair = CorrelatedGaussian(2, 1.0)
-    critic = initialise(JointCritic(MLP(4, 1, (32, 32))), rng_for(0, "critic"))
+@pytest.mark.parametrize("name", ["nwj", "dv", "smile", "mine", "flo"])
+def test_other_bounds_train_too(name):
+    bound, pair = ESTIMATORS[name], CorrelatedGaussian(2, 1.0)
+    critic = initialise(bound.equip(JointCritic(MLP(4, 1, (32, 32))), 4), rng_for(0, "critic"))
     fit_critic(critic, bound, lambda step: pair.sample(64, rng_for(0, "train", step=step)), steps=400, lr=5e-3)
     estimate = estimate_mi(critic, bound, lambda b: pair.sample(256, rng_for(0, "evaluate", step=b)), blocks=8)
     assert estimate.nats == pytest.approx(1.0, abs=0.15)
@@ -304,9 +388,11 @@ def test_a_batch_of_one_cannot_train(bound):
         bound.loss(torch.zeros(1, 1))
 
 
-def test_bad_tau():
+def test_bad_parameters():
     with pytest.raises(ValueError, match="tau=0"):
         SMILE(0)
+    with pytest.raises(ValueError, match="decay=1"):
+        MINE(1)
 
 
 def test_a_loss_that_explodes_is_reported():

@@ -11,7 +11,8 @@ from mlvgm_mi import perturb as module
 from mlvgm_mi.generators.core import LinearGaussian, linear_pair_mi
 from mlvgm_mi.latents import Block, Layout, rng_for
 from mlvgm_mi.perturb import (
-    Additive, Keep, Perturb, Recipe, Resample, VariancePreserving, mi_guided, moves, single, spare_top, uniform,
+    Additive, EqualLoss, Keep, Perturb, Recipe, Resample, SpareTop, VariancePreserving, WaterFilling, displacement, mi_guided,
+    moves, single, spare_top, uniform,
 )
 
 SLOTS = Layout.of([Block(f"w{i}", (8,)) for i in range(6)], {"a": (0, 2), "b": (2, 4), "c": (4, 6)})
@@ -351,3 +352,90 @@ def test_bad_curves_and_budgets_are_named(rule, curves, budget, problem):
 def test_measured_values_go_into_a_recipe():
     recipe = replace(mi_guided({"a": {0: 3.0, 1: 1.0}}, 2), mi_nats=2.1, se=0.02, sigma_x=0.1, generator="toy")
     assert recipe.rule == "equal loss per group" and recipe.mi_nats == 2.1
+
+
+# allocation rules
+
+RULES = [EqualLoss(), SpareTop(), WaterFilling(), SpareTop(WaterFilling())]
+
+
+def line_curves(line, sigma_x=0.5):
+    strengths = np.linspace(0, 1, 11).round(2).tolist()
+    exact = lambda name, s: linear_pair_mi(line, moves(single(line.layout, name, VariancePreserving(s))), sigma_x)
+    return {name: {s: exact(name, s) for s in strengths} for name in line.layout.group_names}
+
+
+def lost(curves, recipe):
+    "Nats lost group by group, read off the exact curves, straight in the share of variance."
+    total = 0.0
+    for name, s in recipe.strengths.items():
+        known, nats = np.array(list(curves[name])), np.array(list(curves[name].values()))
+        total += nats[0] - np.interp(s * s, known**2, nats)
+    return total
+
+
+@pytest.mark.parametrize("rule", RULES, ids=["equal", "spare", "fill", "spare-fill"])
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+def test_no_rule_overspends_and_none_wastes_what_can_be_spent(line, rule, share):
+    curves = line_curves(line)
+    start = curves["z0"][0.0]
+    caps = {name: start - curve[1.0] for name, curve in curves.items()}
+    recipe = mi_guided(curves, share * start, rule)
+    total = (1 - share) * sum(caps.values())
+    movable = sum(caps.values()) - max(caps.values()) * isinstance(rule, SpareTop)
+    assert set(recipe.strengths) == set(curves) and recipe.rule == rule.name
+    assert lost(curves, recipe) == pytest.approx(min(total, movable), rel=0.02)
+
+
+def test_water_filling_moves_furthest(line):
+    curves = line_curves(line)
+    far = lambda rule: sum(map(displacement, mi_guided(curves, 0.6 * curves["z0"][0.0], rule).strengths.values()))
+    assert far(WaterFilling()) > far(EqualLoss()) and far(WaterFilling()) > far(SpareTop())
+    assert far(WaterFilling(portions=600)) >= far(WaterFilling()) - 0.02
+
+
+def test_water_filling_beats_every_division_on_a_grid(line):
+    "Brute force over all strengths in steps of 0.1 that lose no more."
+    curves = line_curves(line)
+    recipe = mi_guided(curves, 0.7 * curves["z0"][0.0], WaterFilling())
+    names, budget = list(curves), lost(curves, recipe) + 1e-9
+    losses = {name: {s: curve[0.0] - nats for s, nats in curve.items()} for name, curve in curves.items()}
+    best = max(sum(map(displacement, s)) for s in itertools.product(curves["z0"], repeat=len(names))
+               if sum(losses[name][x] for name, x in zip(names, s)) <= budget)
+    assert sum(map(displacement, recipe.strengths.values())) >= best - 0.02
+
+
+def test_water_filling_buys_what_it_is_told_to_want(line):
+    curves = line_curves(line)
+    for wanted in curves:
+        worth = {name: {0.0: 0.0, 1.0: float(name == wanted)} for name in curves}
+        recipe = mi_guided(curves, 0.3 * curves["z0"][0.0], WaterFilling(worth, "only " + wanted))
+        assert recipe.strengths[wanted] == 1 and recipe.rule == "only " + wanted
+
+
+def test_a_worth_without_a_group_is_named(line):
+    with pytest.raises(ValueError, match="worth has no group 'z0', only z9"):
+        mi_guided(line_curves(line), 1.0, WaterFilling({"z9": {0: 0, 1: 1}}))
+
+
+def test_your_own_rule(line):
+    class Halves:
+        name = "half of everything"
+
+        def __call__(self, losses, total):
+            return dict.fromkeys(losses, 0.5)
+
+    recipe = mi_guided(line_curves(line), 1.0, Halves())
+    assert set(recipe.strengths.values()) == {0.5} and recipe.rule == "half of everything"
+
+
+def test_spare_top_is_its_rule(line):
+    curves = line_curves(line)
+    assert spare_top(curves, 1.0) == mi_guided(curves, 1.0, SpareTop())
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.3, 1.0])
+def test_displacement_is_the_distance_moved(strength):
+    z = torch.randn(100_000, generator=rng_for(0, "z"))
+    moved = VariancePreserving(strength)(z, rng_for(0, "e"))
+    assert (moved - z).square().mean().sqrt().item() == pytest.approx(displacement(strength), abs=0.01)

@@ -29,7 +29,6 @@ from mlvgm_mi.snapshots import (
     _nested,
     _stylegan2_config,
     network_views,
-    stylegan2_fields,
     stylegan2_shapes,
     stylegan2_tensorflow,
     torch_name,
@@ -160,31 +159,45 @@ def test_ada_storages_of_other_types_and_strides(tmp_path, change):
     assert published.tensors["synthesis.b4.conv1.weight"].stride() == weights["synthesis.b4.conv1.weight"].stride()
 
 
-@pytest.mark.parametrize(
-    "parts",
-    [
-        {"synthesis_kwargs": {"architecture": "orig", "channel_base": 64, "channel_max": 6}},
-        {"synthesis_kwargs": {"architecture": "resnet", "channel_base": 64, "channel_max": 6}},
-        {"c_dim": 5, "mapping_kwargs": {"num_layers": 3, "embed_features": 7, "layer_features": 9}},
-        {"synthesis_kwargs": {"use_noise": False, "channel_base": 64, "channel_max": 6}},
-        {"synthesis_kwargs": {"resample_filter": [1] * 9, "channel_base": 64, "channel_max": 6}},
-        {"synthesis_kwargs": {"activation": "relu", "channel_base": 64, "channel_max": 6}},
-        {"mapping_kwargs": {"lr_multiplier": 0.1}},
-        {"channel_base": 64, "channel_max": 6, "conv_clamp": 256},  # one level higher, as later releases pass them
-    ],
-)
-def test_ada_variants(tmp_path, parts):
-    kwargs = (
-        corpus.SMALL | {"img_resolution": 16} | {"synthesis_kwargs": {"channel_base": 64, "channel_max": 6}} | parts
-    )
+WIDTHS = {"channel_base": 64, "channel_max": 6}
+BUILT = {
+    "orig": {"synthesis_kwargs": {"architecture": "orig", **WIDTHS}},
+    "resnet": {"synthesis_kwargs": {"architecture": "resnet", **WIDTHS}},
+    "labels": {"c_dim": 5, "mapping_kwargs": {"num_layers": 3, "embed_features": 7, "layer_features": 9}},
+    "no-noise": {"synthesis_kwargs": {"use_noise": False, **WIDTHS}},
+    "learning-rate": {"mapping_kwargs": {"lr_multiplier": 0.1}},
+    "nested-higher": {**WIDTHS, "conv_clamp": 256},  # as later releases pass them
+}
+ONLY_READ = {
+    "resample_filter": {"synthesis_kwargs": {"resample_filter": [1] * 9, **WIDTHS}},
+    "activation='relu'": {"synthesis_kwargs": {"activation": "relu", **WIDTHS}},
+    "mapping activation": {"mapping_kwargs": {"activation": "linear"}},
+    "z_dim=0": {"z_dim": 0, "c_dim": 5},
+    "w_avg_beta=None": {"mapping_kwargs": {"w_avg_beta": None}},
+}
+
+
+def ada_variant(tmp_path, parts):
+    kwargs = corpus.SMALL | {"img_resolution": 16} | {"synthesis_kwargs": dict(WIDTHS)} | parts
     config = _stylegan2_config(_nested(kwargs))
     weights = corpus.draws(stylegan2_shapes(config))
     published = read(tmp_path, corpus.ada_pickle(weights, kwargs))
     same(published.tensors, weights)
     assert published.config == config
-    if set(parts) != {"channel_base", "channel_max", "conv_clamp"}:
-        with pytest.raises(WeightsError, match="can be read"):
-            stylegan2_fields(published.config)
+    return published, weights
+
+
+@pytest.mark.parametrize("variant", BUILT)
+def test_ada_variants_are_built(tmp_path, variant):
+    published, weights = ada_variant(tmp_path, BUILT[variant])
+    same(build_published(published).state_dict(), weights)
+
+
+@pytest.mark.parametrize("match", ONLY_READ)
+def test_ada_variants_that_are_only_read(tmp_path, match):
+    published, _ = ada_variant(tmp_path, ONLY_READ[match])
+    with pytest.raises(WeightsError, match=f"file: cannot be built .*{match}.*can be read"):
+        build_published(published)
 
 
 def test_ada_positional_arguments(tmp_path):
@@ -321,8 +334,9 @@ def test_tf_labels_and_resnet(tmp_path):
     turned = tensors["synthesis/8x8/Conv0_up/weight"].flip((0, 1)).permute(3, 2, 0, 1)
     assert torch.equal(published.tensors["synthesis.b8.conv0.weight"], turned)
     assert torch.equal(published.tensors["synthesis.b8.torgb.affine.bias"], tensors["synthesis/8x8/ToRGB/mod_bias"] + 1)
-    with pytest.raises(WeightsError, match="can be read"):
-        build_published(published)
+    network = build_published(published)
+    assert network.config.architecture == "resnet" and network.config.c_dim == 3
+    same(network.state_dict(), published.tensors)
 
 
 def test_tf_every_error_names_its_key(tmp_path):

@@ -5,21 +5,23 @@
 # %% auto #0
 __all__ = ['BigBiGANConfig', 'spectral_step', 'SpectralNorm', 'SNLinear', 'SNConv2d', 'upsampling_kernel', 'UpConv2d',
            'BatchNorm', 'OutputBatchNorm', 'ConditionalBatchNorm', 'Modulation', 'UpBlock', 'SelfAttention',
-           'MergedAttention', 'BigBiGAN', 'decode_raw', 'standing_statistics', 'for_inference', 'load_bigbigan',
-           'demo_bigbigan']
+           'MergedAttention', 'BigBiGAN', 'decode_raw', 'initialise', 'batch_statistics', 'standing_statistics',
+           'load_bigbigan', 'fashion_bigbigan', 'demo_bigbigan']
 
 # %% ../../nbs/04b_generators.bigbigan.ipynb #06032e42
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Mapping
+from typing import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from ..checkpoints import load_into
-from .core import Generator
+from ..checkpoints import load_into, read_weights
+from .core import Generator, for_inference
+from .stylegan2 import weights_file
 from ..latents import Block, Latents, Layout, rng_for
 
 # %% ../../nbs/04b_generators.bigbigan.ipynb #7a84dad9
@@ -63,12 +65,16 @@ def spectral_step(
     u0: Tensor,  # (1, out), need not have unit length
     eps: float = 1e-4,
 ) -> tuple[Tensor, Tensor]:
-    "A power step: estimated largest singular value, and the next `u0` (Miyato et al., 2018, alg. 1)."
+    """A power step: estimated largest singular value, and the next `u0` (Miyato et al., 2018, alg. 1).
+
+    Autocast is off in here, since an error of the value is one of all weights.
+    """
     matrix = weight.flatten(1)
-    with torch.no_grad():
-        v = F.normalize(u0 @ matrix, dim=1, eps=eps)
-        u = F.normalize(v @ matrix.T, dim=1, eps=eps)
-    return (v @ matrix.T @ u.T).squeeze(), u
+    with torch.autocast(weight.device.type, enabled=False):
+        with torch.no_grad():
+            v = F.normalize(u0 @ matrix, dim=1, eps=eps)
+            u = F.normalize(v @ matrix.T, dim=1, eps=eps)
+        return (v @ matrix.T @ u.T).squeeze(), u
 
 # %% ../../nbs/04b_generators.bigbigan.ipynb #33d0e5f6
 class SpectralNorm(nn.Module):
@@ -295,7 +301,9 @@ class BigBiGAN(Generator):
         self.blocks = _blocks(config)
         last = SNConv2d((config.image_channels, channels[-1], 3, 3))
         self.output_layer = nn.Sequential(OutputBatchNorm(channels[-1]), nn.ReLU(inplace=True), last)
-        _initialise(self, seed)
+        rng = rng_for(seed, "bigbigan")
+        nn.init.normal_(self.shared.weight, generator=rng)
+        initialise(self, rng)
 
     def start(self, batch: int) -> Tensor:
         "Nothing, `(batch, 0)`: the first layer sees its chunk alone."
@@ -338,11 +346,9 @@ def _blocks(config: BigBiGANConfig) -> nn.ModuleList:
     return blocks
 
 
-def _initialise(generator: BigBiGAN, seed: int) -> None:
-    "Normal weights, and `u0` close to their first singular vectors."
-    rng = rng_for(seed, "bigbigan")
-    nn.init.normal_(generator.shared.weight, generator=rng)
-    for layer in generator.modules():
+def initialise(module: nn.Module, rng: torch.Generator) -> None:
+    "Normal weights for the layers of `module` under spectral norm, and `u0` close to their first singular vectors."
+    for layer in module.modules():
         if isinstance(layer, SpectralNorm):
             nn.init.normal_(layer.weight, std=layer.weight[0].numel() ** -0.5, generator=rng)
             nn.init.normal_(layer.u0, generator=rng)
@@ -351,35 +357,26 @@ def _initialise(generator: BigBiGAN, seed: int) -> None:
             layer.sv0.fill_(sigma)
 
 # %% ../../nbs/04b_generators.bigbigan.ipynb #73e53562
-@torch.no_grad()
-def standing_statistics(generator: Generator, latents: Latents) -> Generator:
-    "`generator` with the statistics of its batch norms taken from one decode of `latents`, a few hundred samples."
-    norms = [layer for layer in generator.modules() if isinstance(layer, (BatchNorm, nn.BatchNorm2d))]
+@contextmanager
+def batch_statistics(module: nn.Module) -> Iterator[None]:
+    "Inside, the batch norms of `module` normalise by the batch that passes; afterwards they keep its statistics."
+    norms = [layer for layer in module.modules() if isinstance(layer, (BatchNorm, nn.BatchNorm2d))]
     before = [(norm.training, norm.momentum) for norm in norms]
     for norm in norms:
         norm.training, norm.momentum = True, 1.0
-    generator.decode(latents)
-    for norm, (training, momentum) in zip(norms, before):
-        norm.training, norm.momentum = training, momentum
+    try:
+        yield
+    finally:
+        for norm, (training, momentum) in zip(norms, before):
+            norm.training, norm.momentum = training, momentum
+
+
+@torch.no_grad()
+def standing_statistics(generator: Generator, latents: Latents) -> Generator:
+    "`generator` with the statistics of its batch norms taken from one decode of `latents`, a few hundred samples."
+    with batch_statistics(generator):
+        generator.decode(latents)
     return generator
-
-# %% ../../nbs/04b_generators.bigbigan.ipynb #7072bb40
-def for_inference(generator: Generator) -> Generator:
-    """The same generator, changed in place: layers with a method `merged` are replaced by what it returns.
-
-    It is in eval mode and frozen afterwards, though gradients still reach the latents. Its state dict no longer has the
-    published names.
-    """
-    _merge(generator.eval())
-    return generator.requires_grad_(False).to(memory_format=torch.channels_last)
-
-
-def _merge(module: nn.Module) -> None:
-    for name, child in module.named_children():
-        if hasattr(child, "merged"):
-            setattr(module, name, child.merged())
-        else:
-            _merge(child)
 
 # %% ../../nbs/04b_generators.bigbigan.ipynb #33b594d4
 def load_bigbigan(
@@ -392,6 +389,13 @@ def load_bigbigan(
     generator = BigBiGAN(config, groups)
     unread = {name: value for name, value in generator.state_dict().items() if name.endswith(".sv0")}
     return load_into(generator, unread | dict(state), source).eval()
+
+# %% ../../nbs/04b_generators.bigbigan.ipynb #a315de6a
+def fashion_bigbigan() -> BigBiGAN:
+    "The 32x32 grey BigBiGAN that ships with the package, merged for inference."
+    path = weights_file("fashion_bigbigan")
+    tensors, config = read_weights(path)
+    return for_inference(load_bigbigan(tensors, BigBiGANConfig(**config["generator"]), path.name))
 
 # %% ../../nbs/04b_generators.bigbigan.ipynb #fe900e1c
 def demo_bigbigan() -> BigBiGAN:

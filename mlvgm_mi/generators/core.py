@@ -4,20 +4,23 @@
 
 # %% auto #0
 __all__ = ['IMAGES_AT_ONCE', 'CONTRACT', 'GENERATORS', 'Generator', 'gaussian_mi', 'LinearGaussian', 'linear_pair_mi',
-           'linear_direct_mi', 'decode_views', 'ContractError', 'check_generator', 'register', 'load_generator',
-           'demo_linear_gaussian']
+           'linear_direct_mi', 'decode_views', 'ContractError', 'check_generator', 'register', 'demo_linear_gaussian',
+           'for_inference', 'load_generator']
 
 # %% ../../nbs/04_generators.core.ipynb #706b1bba
 import copy
 import importlib
 import math
+from pathlib import Path
 from typing import Any, Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from ..checkpoints import WeightsError
 from ..latents import Block, Latents, Layout, rng_for, sample_prior
+from ..pickles import build_published, read_published
 
 # %% ../../nbs/04_generators.core.ipynb #119a11d6
 class Generator(nn.Module):
@@ -324,7 +327,9 @@ def check_generator(
 # %% ../../nbs/04_generators.core.ipynb #d6ba7268
 GENERATORS: dict[str, str | Callable[[], Generator]] = {
     "linear-gaussian": "mlvgm_mi.generators.core:demo_linear_gaussian",
+    "fashion-nvae": "mlvgm_mi.generators.nvae_training:fashion_nvae",
     "fashion-stylegan2": "mlvgm_mi.generators.stylegan2:fashion_stylegan2",
+    "fashion-bigbigan": "mlvgm_mi.generators.bigbigan:fashion_bigbigan",
 }
 
 
@@ -335,17 +340,59 @@ def register(name: str, build: str | Callable[[], Generator]) -> None:
     GENERATORS[name] = build
 
 
-def load_generator(name: str) -> Generator:
-    "The generator registered as `name`, in eval mode and frozen; raises `KeyError` listing the names there are."
-    if name not in GENERATORS:
-        raise KeyError(f"name={name!r} is no known generator; choose one of {', '.join(sorted(GENERATORS))} or register yours")
+def demo_linear_gaussian() -> LinearGaussian:
+    "Four blocks whose gain falls from coarse to fine; the yardstick of the tutorials."
+    return LinearGaussian.random([1.0, 0.6, 0.3, 0.1], pixels=16, width=4)
+
+# %% ../../nbs/04_generators.core.ipynb #a4bde726
+def for_inference(generator: Generator) -> Generator:
+    """The same generator, changed in place: layers with a method `merged` are replaced by what it returns.
+
+    It is in eval mode and frozen afterwards, though gradients still reach the latents. Its state dict no longer has the
+    published names.
+    """
+    _merge(generator.eval())
+    return generator.requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def _merge(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if hasattr(child, "merged"):
+            setattr(module, name, child.merged())
+        else:
+            _merge(child)
+
+# %% ../../nbs/04_generators.core.ipynb #7d3a48be
+def load_generator(
+    name: str | Path,  # a registered name, or a file of weights whatever it is called
+) -> Generator:
+    """A generator in eval mode, frozen and merged by `for_inference`.
+
+    Raises `KeyError` listing the names there are if `name` is neither, and `WeightsError` saying what was found if a file
+    holds no generator that can be built; nothing in a file is executed.
+    """
+    if name in GENERATORS:
+        return for_inference(_registered(str(name)))
+    if not Path(name).is_file():
+        place, known = "a folder" if Path(name).is_dir() else "no file", ", ".join(sorted(GENERATORS))
+        raise KeyError(f"name={str(name)!r} is no known generator and {place}; choose one of {known}, "
+                       "register yours, or check the path")
+    return for_inference(_published(name))
+
+
+def _registered(name: str) -> Generator:
+    "What the registry builds for `name`."
     build = GENERATORS[name]
     if isinstance(build, str):
         module, function = build.split(":")
         build = getattr(importlib.import_module(module), function)
-    return build().eval().requires_grad_(False)
+    return build()
 
 
-def demo_linear_gaussian() -> LinearGaussian:
-    "Four blocks whose gain falls from coarse to fine; the yardstick of the tutorials."
-    return LinearGaussian.random([1.0, 0.6, 0.3, 0.1], pixels=16, width=4)
+def _published(path: str | Path) -> Generator:
+    "The generator in a file."
+    published = read_published(path)
+    found = build_published(published)
+    if not isinstance(found, Generator):
+        raise WeightsError(f"{path}: holds a {published.family}, which generates nothing; give the weights of a generator")
+    return found

@@ -47,16 +47,23 @@ class NVAEConfig:
     num_nf: int = 0  # flows on posterior samples; sampling has no use for them
     use_se: bool = True
     res_dist: bool = True  # the encoder speaks relative to the prior
+    expansion: int = 6  # hidden over input channels of the cells between groups; not in the official code
+    patch: int = 1  # squares of so many pixels a side are the channels of one position; not in the official code
 
     def __post_init__(self):
         before, after = self.num_preprocess_blocks, self.num_postprocess_blocks
-        if before != after or self.image_size % self.shrink:
+        if before != after or self.image_size % (self.shrink * self.patch):
             raise ValueError(f"num_preprocess_blocks={before} must be num_postprocess_blocks={after}, "
-                             f"and image_size={self.image_size} a multiple of {self.shrink}")
+                             f"and image_size={self.image_size} a multiple of {self.shrink * self.patch}")
+
+    @property
+    def canvas(self) -> int:
+        "Side of the picture that the network sees, in patches."
+        return self.image_size // self.patch
 
     @property
     def shrink(self) -> int:
-        "Image side over the side of the coarsest scale."
+        "Side of the canvas over the side of the coarsest scale."
         return 2 ** (self.num_preprocess_blocks + self.num_latent_scales - 1)
 
     @property
@@ -69,7 +76,7 @@ class NVAEConfig:
     @property
     def sides(self) -> tuple[int, ...]:
         "Side of z of each group, in the order of decoding."
-        sides = (self.image_size // self.shrink * 2**i for i in range(self.num_latent_scales))
+        sides = (self.canvas // self.shrink * 2**i for i in range(self.num_latent_scales))
         return tuple(side for side, count in zip(sides, self.groups_per_scale) for _ in range(count))
 
 # %% ../../nbs/04c_generators.nvae.ipynb #79471a80
@@ -80,6 +87,7 @@ def scale_groups(config: NVAEConfig) -> dict[str, tuple[int, int]]:
 
 # %% ../../nbs/04c_generators.nvae.ipynb #961181d0
 _LATE = {"ada_groups": False, "min_groups_per_scale": 1, "num_mixture_dec": 10, "num_x_bits": 8}  # not in old files
+_OURS = ("image_size", "image_channels", "output", "expansion", "patch")  # not in any
 
 
 def config_from_args(
@@ -87,7 +95,7 @@ def config_from_args(
 ) -> NVAEConfig:
     "The configuration of a training run; raises `ValueError` on what is missing or not implemented."
     given = _LATE | {"arch_instance": "res_mbconv"} | dict(args)
-    sizes = [field.name for field in fields(NVAEConfig) if field.name not in ("image_size", "image_channels", "output")]
+    sizes = [field.name for field in fields(NVAEConfig) if field.name not in _OURS]
     missing = [name for name in ("dataset", *sizes) if name not in given]
     if missing:
         raise ValueError(f"args lack {', '.join(missing)}; give all that are stored in the checkpoint")
@@ -291,11 +299,11 @@ def _tower(config: NVAEConfig) -> nn.ModuleList:
     tower, channels = nn.ModuleList(), config.num_channels_dec * config.shrink
     for scale, count in enumerate(config.groups_per_scale):
         if scale:
-            tower.append(up_cell(channels, 6, config.use_se))
+            tower.append(up_cell(channels, config.expansion, config.use_se))
             channels //= 2
         for group in range(count):
             if scale or group:
-                tower.extend(normal_cell(channels, 6, config.use_se) for _ in range(config.num_cell_per_cond_dec))
+                tower.extend(normal_cell(channels, config.expansion, config.use_se) for _ in range(config.num_cell_per_cond_dec))
             tower.append(Combiner(channels, config.num_latent_per_group))
     return tower
 
@@ -312,8 +320,8 @@ def _post_process(config: NVAEConfig) -> nn.Sequential:
 def _networks(config: NVAEConfig) -> dict[str, nn.Module | None]:
     "The parts of a decoder under their official names. A single group needs no tower, `stem_decoder` reads it alone."
     latents, ladder = config.num_latent_per_group, len(config.sides) > 1
-    widths = [config.num_channels_dec * config.image_size // side for side in config.sides]
-    outputs = output_of(config).channels(config.image_channels, config.num_mixture_dec)
+    widths = [config.num_channels_dec * config.canvas // side for side in config.sides]
+    outputs = output_of(config).channels(config.image_channels, config.num_mixture_dec) * config.patch**2
     return {
         "dec_sampler": nn.ModuleList(nn.Sequential(nn.ELU(), NormConv2d(c, 2 * latents, 1)) for c in widths[1:]),
         "stem_decoder": None if ladder else NormConv2d(latents, widths[0], 1),
@@ -357,9 +365,10 @@ class NVAE(Generator):
         temperature: float = 1.0,  # multiplies the standard deviation of every latent group
         crop: int = 0,  # pixels cut from each border: 2 turns the 32 px canvas of MNIST into its 28 px digit
         seed: int = 0,
+        contrast: float = 1.0,  # the odds of a rendered grey value are raised to it: above 1 sharper than the mean
     ):
         super().__init__()
-        self.config, self.temperature, self.crop = config, temperature, crop
+        self.config, self.temperature, self.crop, self.contrast = config, temperature, crop, contrast
         self.layout = Layout.of(_blocks(config), groups)
         side, shown = config.sides[0], config.image_size - 2 * crop
         self.image_shape = (config.image_channels, shown, shown)
@@ -399,12 +408,14 @@ class NVAE(Generator):
 
     def distribution(self, state: Tensor) -> Output:
         "The distribution over images, on the whole canvas, that final features prescribe."
-        return output_of(self.config)(self.image_conditional(self.post_process(state)), self.config.num_x_bits)
+        parameters = F.pixel_shuffle(self.image_conditional(self.post_process(state)), self.config.patch)
+        return output_of(self.config)(parameters, self.config.num_x_bits)
 
     def render(self, state: Tensor) -> Tensor:
-        "The mean of the distribution, cropped."
+        "The mean of the distribution, cropped, with its contrast raised."
         inside = slice(self.crop, self.config.image_size - self.crop)
-        return self.distribution(state).mean()[:, :, inside, inside]
+        image = self.distribution(state).mean()[:, :, inside, inside]
+        return image if self.contrast == 1 else (self.contrast * image.logit(eps=1e-6)).sigmoid()
 
 # %% ../../nbs/04c_generators.nvae.ipynb #970dc4a0
 def climb(

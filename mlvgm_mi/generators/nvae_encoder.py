@@ -81,8 +81,9 @@ class NVAEEncoder(nn.Module):
         super().__init__()
         if config.num_nf:
             raise ValueError(f"num_nf={config.num_nf}: flows are not implemented; use num_nf=0, or decode only")
-        widths = [config.num_channels_enc * config.image_size // side for side in config.sides]
-        self.stem = NormConv2d(config.image_channels, config.num_channels_enc, 3)
+        widths = [config.num_channels_enc * config.canvas // side for side in config.sides]
+        self.patch = config.patch
+        self.stem = NormConv2d(config.image_channels * config.patch**2, config.num_channels_enc, 3)
         self.pre_process = _pre_process(config)
         self.enc_tower = _encoder_tower(config)
         self.enc0 = nn.Sequential(nn.ELU(), NormConv2d(widths[0], widths[0], 1), nn.ELU())
@@ -91,7 +92,7 @@ class NVAEEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[tuple[EncoderCombiner, Tensor]]]:
         "Images `(B, C, H, W)` in [0, 1] to features of the first group; and, of each later one, combiner and features."
-        x, remembered = self.pre_process(self.stem(2 * images - 1)), []
+        x, remembered = self.pre_process(self.stem(F.pixel_unshuffle(2 * images - 1, self.patch))), []
         for layer in self.enc_tower:
             if isinstance(layer, EncoderCombiner):
                 remembered.append((layer, x))

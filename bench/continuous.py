@@ -1,0 +1,187 @@
+"""What continuous sampling adds to a training step, beyond the work of the encoder and of the generator.
+
+`python bench/continuous.py [--quick] [--busy] [--threads N]` prints a table and replaces its rows in
+results/bench/speed.csv. All variants run in one process and take turns, in every round on other batches. Milliseconds per
+step, the median over the rounds; ratios are taken within a round, with the 10th and 90th percentile.
+
+* encoder: augmentation, forward, backward and update on views that lie ready, in a plain loop: what every source costs
+* decode: the generator on latents that lie ready, prefixes shared
+* stream: a training step of `contrastive.fit` on the continuous source, as users run it
+* prefetched, replayed-4: the same with `Prefetched` (a thread) and `Replayed`
+* official: the published style: anchor and positive decoded whole, one after the other, the generator moved to the CPU and
+  back in every step. On a CPU nothing moves, so all weights are copied twice instead, a lower bound of the traffic
+
+continuous-overhead is stream over (encoder + decode), 1 is perfect. The others are the peer's time over ours.
+"""
+
+import argparse
+import time
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Callable, Iterator
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from mlvgm_mi.contrastive import OBJECTIVES, Contrastive, TrainConfig, fit, small_resnet
+from mlvgm_mi.generators.core import load_generator
+from mlvgm_mi.latents import Latents
+from mlvgm_mi.perturb import Recipe
+from mlvgm_mi.streams import Prefetched, Replayed
+from mlvgm_mi.views import AUGMENTATIONS, ContinuousViews
+
+TABLE = Path(__file__).parents[1] / "results" / "bench" / "speed.csv"
+RECIPE = Recipe({"w0-1": 0.2, "w2-3": 0.8, "w4-5": 0.95, "w6-7": 0.95})
+CASES = {  # case -> (ours, peer), sums of variants
+    "continuous-overhead": (("stream",), ("encoder", "decode")),
+    "continuous-official": (("stream",), ("official",)),
+    "continuous-prefetched": (("prefetched",), ("stream",)),
+    "continuous-replayed-4": (("replayed-4",), ("stream",)),
+}
+
+
+@dataclass
+class Clocked:
+    "A source that notes when it is asked; the time between two questions is a step."
+
+    source: ContinuousViews | Prefetched
+    clock: Callable[[], float]
+    times: list[float] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def batch(self, step: int, epoch: int = 0) -> Tensor:
+        "The batch, from the source."
+        self.times.append(self.clock())
+        return self.source.batch(step, epoch)
+
+
+@dataclass
+class Bench:
+    "One batch size and augmentation."
+
+    source: ContinuousViews
+    clock: Callable[[], float]
+    steps: int  # timed in each turn
+    width: int = 16  # of the encoder
+
+    def module(self) -> Contrastive:
+        "An encoder with a SimCLR head."
+        encoder = small_resnet(self.source.generator.image_shape[0], width=self.width)
+        return Contrastive(encoder, OBJECTIVES["simclr"](encoder.num_features), TrainConfig(self.steps + 3, warmup=1))
+
+    def latents(self, step: int) -> tuple[Latents, Latents]:
+        "An anchor and its positive."
+        stream = partial(self.source.stream, step=step, epoch=0, device=self.source.device)
+        anchor = self.source.generator.sample(self.source.batch_size, stream("anchor"))
+        return anchor, self.source.perturb(anchor, lambda group: stream(f"step/1/{group}"))
+
+    def timed(self, work: Callable[[int], None], first: int) -> float:
+        "Seconds per call, after one that does not count."
+        work(first)
+        start = self.clock()
+        for step in range(first + 1, first + 1 + self.steps):
+            work(step)
+        return (self.clock() - start) / self.steps
+
+    def train_step(self, module: Contrastive, optimiser: torch.optim.Optimizer, views: Tensor, step: int) -> None:
+        "A plain training step."
+        rng = self.source.stream("augment", step, 0)
+        views = self.source.augment(views.flatten(0, 1), rng).unflatten(0, views.shape[:2])
+        with torch.autocast(views.device.type, torch.bfloat16, enabled=module.config.precision == "bf16-mixed"):
+            loss = module.objective.step(module.encoder, views)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+
+    def encoder(self, first: int) -> float:
+        "Training on views that lie ready."
+        module = self.module()
+        optimiser, views = module.config.build_optimiser(module.parameters()), self.source.draw(first, 0)
+        return self.timed(lambda step: self.train_step(module, optimiser, views, step), first)
+
+    def decode(self, first: int) -> float:
+        "Decoding latents that lie ready."
+        ready = {step: self.latents(step) for step in range(first, first + 1 + self.steps)}
+        decode = torch.no_grad()(lambda step: self.source.generator.decode_views(ready[step][0], [ready[step][1]]))
+        return self.timed(decode, first)
+
+    def official(self, first: int) -> float:
+        "Two whole decodes, the generator moved away and back, and the training step."
+        module, generator = self.module(), self.source.generator
+        optimiser = module.config.build_optimiser(module.parameters())
+
+        def step(index: int) -> None:
+            generator.to("cuda" if torch.cuda.is_available() else "cpu")
+            with torch.no_grad():
+                views = torch.stack([generator.decode(draw) for draw in self.latents(index)], 1)
+                copies = [{name: value.clone() for name, value in generator.state_dict().items()} for _ in range(2)]
+            generator.to("cpu")
+            self.train_step(module, optimiser, views, index)
+            del copies
+
+        return self.timed(step, first)
+
+    def loop(self, source: ContinuousViews | Prefetched) -> float:
+        "Steps of `fit`; the first ones, which warm up, do not count."
+        clocked = Clocked(source, self.clock)
+        fit(self.module(), clocked)
+        return float(np.mean(np.diff(clocked.times)[-self.steps :]))
+
+    def round(self, index: int) -> dict[str, float]:
+        "Seconds per step of every variant, on batches of this round."
+        source = replace(self.source, seed=index)
+        ahead = Prefetched(source)
+        again = Replayed(source.generator, source.perturb, replays=4, augment=source.augment, seed=index,
+                         batch_size=source.batch_size, steps_per_epoch=source.steps_per_epoch)  # fmt: skip
+        first = index * (self.steps + 1)
+        times = {name: getattr(self, name)(first) for name in ("encoder", "decode", "official")}
+        times |= {"stream": self.loop(source), "prefetched": self.loop(ahead), "replayed-4": self.loop(again)}
+        ahead.close()
+        return times
+
+
+def rows(setting: str, times: pd.DataFrame) -> Iterator[dict[str, object]]:
+    "The rows of one setting in speed.csv."
+    for case, (ours, peer) in CASES.items():
+        ours, peer = (1000 * times[list(names)].sum(axis=1) for names in (ours, peer))
+        ratio = ours / peer if case == "continuous-overhead" else peer / ours
+        low, high = ratio.quantile([0.1, 0.9])
+        yield dict(case=case, setting=setting, ours=round(ours.median(), 2), peer=round(peer.median(), 2), unit="ms/step",
+                   ratio=round(ratio.median(), 4), low=round(low, 4), high=round(high, 4))  # fmt: skip
+
+
+def main() -> None:
+    "Measure, print, write."
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one batch size, two rounds; writes nothing")
+    parser.add_argument("--busy", action="store_true", help="processor seconds, for a machine that has other work")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    clock = time.process_time if options.busy else time.perf_counter
+    generator = load_generator("fashion-stylegan2").to("cuda" if torch.cuda.is_available() else "cpu")
+    grid = [(size, t_x) for size in (32, 64, 128, 256) for t_x in ("none", "no_color")]
+    settings = [(64, "no_color")] if options.quick else grid
+    found = []
+    for size, t_x in settings:
+        source = ContinuousViews(generator, RECIPE.perturb(generator.layout), augment=AUGMENTATIONS[t_x], batch_size=size,
+                                 steps_per_epoch=1000)  # fmt: skip
+        bench = Bench(source, clock, steps=3 if options.quick else max(4, 512 // size))
+        times = pd.DataFrame([bench.round(index) for index in range(2 if options.quick else 8)])
+        print(f"batch {size}, {t_x}, ms/step:", (1000 * times.median()).round(1).to_dict(), flush=True)
+        found += rows(f"batch {size}, {t_x}", times)
+    table = pd.DataFrame(found)
+    print(table.to_string(index=False))
+    if not options.quick:
+        TABLE.parent.mkdir(parents=True, exist_ok=True)
+        kept = pd.read_csv(TABLE) if TABLE.exists() else table[:0]
+        pd.concat([kept[~kept.case.isin(CASES)], table]).to_csv(TABLE, index=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,384 @@
+"""Losses of several views and the methods built on them: points of known value, a second derivation, symmetry, gradients."""
+import itertools
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mlvgm_mi.encoders import small_resnet
+from mlvgm_mi.latents import rng_for
+from mlvgm_mi.methods import BYOL, OBJECTIVES, EMI, BarlowTwins, Contrast, Objective, Projected, SimSiam, SwAV
+from mlvgm_mi.objectives import cacr, check_projections, emi, emi_series, gathered, mv_dhel, mv_infonce, mv_infonce_cross, supcon
+
+
+def draw(*shape, stream="projections"):
+    return torch.randn(*shape, generator=rng_for(0, stream), dtype=torch.float64)
+
+
+def unit(projections):
+    return [[[x / math.sqrt(sum(y * y for y in view)) for x in view] for view in views] for views in projections.tolist()]
+
+
+def dot(a, b):
+    return sum(x * y for x, y in zip(a, b))
+
+
+def softmax(scores):
+    total = sum(map(math.exp, scores))
+    return [math.exp(score) / total for score in scores]
+
+
+# second derivations, written out with loops
+
+
+def reference_mv_infonce(projections, tau, same_view):
+    u, loss = unit(projections), 0.0
+    n, v = projections.shape[:2]
+    for i in range(n):
+        above = below = 0.0
+        for view in range(v):
+            above += sum(math.exp(dot(u[i][view], u[i][other]) / tau) for other in range(v) if other != view)
+            for j, m in itertools.product(range(n), range(v)):
+                if (j, m) != (i, view) if same_view else m != view:
+                    below += math.exp(dot(u[i][view], u[j][m]) / tau)
+        loss -= math.log(above / below) / n
+    return loss
+
+
+def reference_mv_dhel(projections, tau):
+    u, loss = unit(projections), 0.0
+    n, v = projections.shape[:2]
+    for i in range(n):
+        above = sum(math.exp(dot(u[i][a], u[i][b]) / tau) for a, b in itertools.combinations(range(v), 2))
+        below = math.prod(sum(math.exp(dot(u[i][a], u[j][a]) / tau) for j in range(n) if j != i) for a in range(v))
+        loss -= math.log(above / below) / n
+    return loss
+
+
+def reference_cacr(projections, attraction=1.0, repulsion=1.0, sharpness=(1.0, 0.9)):
+    u, pull, push = unit(projections), 0.0, 0.0
+    n, v = projections.shape[:2]
+    far = lambda a, b: sum((x - y) ** 2 for x, y in zip(a, b))  # noqa: E731
+    for i, x in itertools.product(range(n), range(v)):
+        positives = [far(u[i][x], u[i][k]) for k in range(v) if k != x]
+        pull += dot(softmax([sharpness[0] * d for d in positives]), positives) / (n * v)
+        for y in range(v):
+            if y != x:
+                negatives = [far(u[i][x], u[j][y]) for j in range(n) if j != i]
+                push += dot(softmax([-sharpness[1] * d for d in negatives]), negatives) / (n * v * (v - 1))
+    return attraction * pull - repulsion * push
+
+
+def reference_supcon(projections, labels, tau, factor):
+    u = [view for views in unit(projections) for view in views]
+    classes = [label for label in labels for _ in range(projections.shape[1])]
+    loss = 0.0
+    for a in range(len(u)):
+        below = sum(math.exp(dot(u[a], u[b]) / tau) for b in range(len(u)) if b != a)
+        positives = [b for b in range(len(u)) if b != a and classes[a] == classes[b]]
+        loss -= sum(math.log(math.exp(dot(u[a], u[b]) / tau) / below) for b in positives) / len(positives) / len(u)
+    return factor * loss
+
+
+def reference_emi(projections, ridge):
+    "The ratio of determinants, not the canonical correlations."
+    pairs, values = list(itertools.combinations(range(projections.shape[1]), 2)), []
+    for a, b in pairs:
+        moments = np.corrcoef(np.concatenate([projections[:, a], projections[:, b]], 1), rowvar=False)
+        moments = moments + ridge * np.eye(len(moments))
+        d = len(moments) // 2
+        parts = (moments[:d, :d], moments[d:, d:], moments)
+        first, second, both = (np.linalg.slogdet(part)[1] for part in parts)
+        values.append((first + second - both) / 2)
+    return -sum(values) / len(values)
+
+
+def reference_emi_series(projections, terms, ridge):
+    "The squared canonical correlations as eigenvalues of a product that is not symmetric."
+    pairs, values = list(itertools.combinations(range(projections.shape[1]), 2)), []
+    for a, b in pairs:
+        moments = np.corrcoef(np.concatenate([projections[:, a], projections[:, b]], 1), rowvar=False)
+        d = len(moments) // 2
+        ridged = moments + ridge * np.eye(2 * d)
+        left = np.linalg.inv(ridged[:d, :d]) @ moments[:d, d:]
+        squares = np.linalg.eigvals(left @ np.linalg.inv(ridged[d:, d:]) @ moments[d:, :d]).real
+        values.append(sum((squares**m).sum() / m for m in range(1, terms + 1)) / 2)
+    return -sum(values) / len(values)
+
+
+LABELS = [0, 1, 0, 2, 1, 2, 0, 0, 1, 2, 2, 1]
+CASES = {
+    "mv_infonce": (partial(mv_infonce, temperature=0.3), partial(reference_mv_infonce, tau=0.3, same_view=True)),
+    "mv_infonce_cross": (partial(mv_infonce_cross, temperature=0.3), partial(reference_mv_infonce, tau=0.3, same_view=False)),
+    "mv_dhel": (partial(mv_dhel, temperature=0.3), partial(reference_mv_dhel, tau=0.3)),
+    "cacr": (cacr, reference_cacr),
+    "cacr-sharp": (
+        partial(cacr, attraction=0.5, repulsion=2.0, sharpness=(3.0, 2.0)),
+        partial(reference_cacr, attraction=0.5, repulsion=2.0, sharpness=(3.0, 2.0)),
+    ),
+    "supcon": (partial(supcon, temperature=0.3), partial(reference_supcon, labels=range(12), tau=0.3, factor=1.0)),
+    "supcon-labels": (
+        partial(supcon, labels=torch.tensor(LABELS), temperature=0.3),
+        partial(reference_supcon, labels=LABELS, tau=0.3, factor=1.0),
+    ),
+    "supcon-base": (
+        partial(supcon, temperature=0.1, base_temperature=0.07),
+        partial(reference_supcon, labels=range(12), tau=0.1, factor=0.1 / 0.07),
+    ),
+    "emi": (partial(emi, ridge=0.0), partial(reference_emi, ridge=0.0)),
+    "emi-ridge": (partial(emi, ridge=0.1), partial(reference_emi, ridge=0.1)),
+    "emi_series": (partial(emi_series, terms=3, ridge=0.1), partial(reference_emi_series, terms=3, ridge=0.1)),
+}
+every_loss = pytest.mark.parametrize("loss, reference", CASES.values(), ids=CASES)
+
+
+@every_loss
+@pytest.mark.parametrize("views", [2, 4])
+def test_losses_are_their_formulas(loss, reference, views):
+    projections = draw(12, views, 3)
+    assert loss(projections).item() == pytest.approx(reference(projections), rel=1e-10)
+
+
+@every_loss
+def test_losses_do_not_know_the_order_of_instances_or_views(loss, reference):
+    projections, instances = draw(12, 3, 3), torch.randperm(12, generator=rng_for(0, "order"))
+    value = loss(projections)
+    torch.testing.assert_close(loss(projections[:, [2, 0, 1]]), value)
+    if "labels" not in getattr(loss, "keywords", {}):
+        torch.testing.assert_close(loss(projections[instances]), value)
+        strangers = torch.stack([projections[:, 0], projections[:, 1].roll(1, 0), projections[:, 2]], 1)
+        assert not torch.isclose(loss(strangers), value)
+
+
+@every_loss
+def test_gradients(loss, reference):
+    assert torch.autograd.gradcheck(loss, draw(12, 3, 3).requires_grad_())
+
+
+@every_loss
+@pytest.mark.parametrize("shape, message", [((1, 2, 3), "B=1"), ((12, 1, 3), "V=1"), ((12, 3), r"\(12, 3\).*\(B, V, D\)")])
+def test_batches_of_one_and_wrong_shapes_are_named(loss, reference, shape, message):
+    with pytest.raises(ValueError, match=message):
+        loss(draw(*shape))
+
+
+@pytest.mark.parametrize("loss", [mv_infonce, mv_infonce_cross, mv_dhel, supcon])
+def test_temperatures_must_be_positive(loss):
+    with pytest.raises(ValueError, match="temperature=0"):
+        loss(draw(4, 2, 3), temperature=0)
+
+
+def test_labels_are_one_for_an_instance():
+    with pytest.raises(ValueError, match=r"\(24,\), expected \(12,\)"):
+        supcon(draw(12, 2, 3), torch.arange(24))
+    with pytest.raises(ValueError, match="torch.int64"):
+        check_projections(torch.zeros(4, 2, 3, dtype=torch.int64))
+
+
+# values known on paper
+
+
+@pytest.mark.parametrize("b, v", [(2, 2), (9, 2), (5, 4)])
+@pytest.mark.parametrize("tau", [0.07, 0.5])
+def test_all_vectors_equal(b, v, tau):
+    equal = torch.ones(b, v, 8, dtype=torch.float64)
+    known = {
+        mv_infonce: math.log((b * v - 1) / (v - 1)),
+        mv_infonce_cross: math.log(b),
+        mv_dhel: v * math.log(b - 1) + (v - 1) / tau - math.log(v * (v - 1) / 2),
+        supcon: math.log(b * v - 1),
+    }
+    for loss, value in known.items():
+        assert loss(equal, temperature=tau).item() == pytest.approx(value, rel=1e-10, abs=1e-12), loss.__name__
+    assert cacr(equal).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_two_instances_at_the_ends_of_a_diameter():
+    ends = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)[:, None].repeat(1, 3, 1)
+    e, f = math.exp(1 / 0.5), math.exp(-1 / 0.5)
+    assert mv_infonce(ends, 0.5).item() == pytest.approx(math.log((2 * e + 3 * f) / (2 * e)))
+    assert mv_infonce_cross(ends, 0.5).item() == pytest.approx(math.log((2 * e + 2 * f) / (2 * e)))
+    assert mv_dhel(ends, 0.5).item() == pytest.approx(-math.log(3) - 4 / 0.5)
+    assert cacr(ends).item() == pytest.approx(-4)
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.5, 0.9])
+def test_information_of_correlations_made_exactly(rho):
+    "Columns orthonormal in the sample: no sampling error at all."
+    basis = torch.linalg.qr(torch.cat([torch.ones(40, 1, dtype=torch.float64), draw(40, 6)], 1))[0][:, 1:]
+    pair = torch.stack([basis[:, :3], rho * basis[:, :3] + math.sqrt(1 - rho**2) * basis[:, 3:]], 1)
+    truth = -1.5 * math.log(1 - rho**2)
+    assert emi(pair, ridge=0.0).item() == pytest.approx(-truth, abs=1e-9)
+    assert emi_series(pair, 2, ridge=0.0).item() == pytest.approx(-1.5 * (rho**2 + rho**4 / 2), abs=1e-9)
+    assert emi_series(pair, 500, ridge=0.0).item() == pytest.approx(-truth, abs=1e-9)
+
+
+def test_information_of_equal_views_is_bounded_by_the_ridge_or_the_series():
+    equal = draw(40, 1, 3).repeat(1, 2, 1)
+    assert emi_series(equal, 4, ridge=0.0).item() == pytest.approx(-1.5 * (1 + 1 / 2 + 1 / 3 + 1 / 4))
+    assert -10 * 1.5 < emi(equal, ridge=1e-3).item() < -5  # log(1 / (2 ridge)) / 2 nats for each of three
+    with pytest.raises(ValueError, match="terms=0"):
+        emi_series(equal, 0)
+
+
+def test_second_moments_need_a_batch_larger_than_both_views():
+    with pytest.raises(ValueError, match="B=6.*D=3.*B > 2 D"):
+        emi(draw(6, 2, 3))
+
+
+def test_log_sum_form_survives_single_precision():
+    many = torch.ones(256, 8, 4)
+    assert mv_dhel(many, 0.1).item() == pytest.approx(8 * math.log(255) + 70 - math.log(28), rel=1e-5)
+
+
+# methods
+
+OPTIONS = {"emi": dict(projection=3)}
+every_method = pytest.mark.parametrize("name", OBJECTIVES)
+
+
+def make(name, features=16, seed=0):
+    return OBJECTIVES[name](features, seed=seed, **OPTIONS.get(name, {}))
+
+
+def loss_of(objective, features):
+    "Also for an objective with a target, which sees the same features."
+    if isinstance(objective, BYOL):
+        objective.attach(nn.Identity())
+        return objective.double()(features, features)
+    return objective.double()(features)
+
+
+@every_method
+@pytest.mark.parametrize("views", [2, 4])
+def test_methods_do_not_know_the_order_of_views_or_instances(name, views):
+    features, order = draw(24, views, 16), torch.randperm(24, generator=rng_for(0, "order"))
+    value = loss_of(make(name), features)
+    assert value.ndim == 0 and value.isfinite()
+    torch.testing.assert_close(loss_of(make(name), features.flip(1)), value)
+    torch.testing.assert_close(loss_of(make(name), features[order]), value)
+
+
+@pytest.mark.parametrize("name", sorted(set(OBJECTIVES) - {"swav", "byol", "simsiam"}))
+def test_gradients_through_heads(name):
+    objective = make(name, 4).double()
+    direct = lambda features: objective.compare(features) if name != "supcon" else supcon(features)  # noqa: E731
+    assert torch.autograd.gradcheck(direct, draw(8, 3, 3).requires_grad_())
+
+
+@every_method
+@pytest.mark.parametrize("shape, message", [((1, 2, 16), "B=1"), ((8, 1, 16), "V=1"), ((8, 16), r"\(B, V, D\)")])
+def test_methods_name_bad_batches(name, shape, message):
+    with pytest.raises(ValueError, match=message):
+        loss_of(make(name), draw(*shape))
+
+
+@every_method
+def test_first_weights_are_those_of_the_seed_and_nothing_else_moves(name):
+    before = torch.random.get_rng_state()
+    a, b, other = (make(name, seed=seed).state_dict() for seed in (0, 0, 1))
+    assert torch.equal(before, torch.random.get_rng_state())
+    matrices = [key for key, value in a.items() if value.ndim > 1]
+    assert matrices and all(torch.equal(a[key], b[key]) and not torch.equal(a[key], other[key]) for key in matrices)
+
+
+@pytest.mark.parametrize("name", ["simclr", "dcl", "mvinfonce", "mvdhel", "supcon", "swav"])
+def test_methods_refuse_a_temperature_of_zero(name):
+    with pytest.raises(ValueError, match="temperature=0"):
+        OBJECTIVES[name](16, temperature=0)
+
+
+def test_base_classes_say_what_is_missing():
+    for Base, method in ((Objective, "forward"), (partial(Projected, nn.Identity), "compare"), (partial(Contrast, 16), "compare")):
+        with pytest.raises(NotImplementedError, match=f"must define {method}"):
+            Base()(draw(8, 2, 16).float())
+
+
+def test_supcon_takes_labels_where_there_are_some():
+    features, labels = draw(12, 2, 16), torch.tensor(LABELS)
+    objective = make("supcon").double()
+    expected = supcon(objective.project(features), labels)
+    torch.testing.assert_close(objective(features, labels), expected)
+    assert not torch.isclose(objective(features), expected)
+
+
+def test_supcon_of_two_views_is_simclr():
+    features = draw(12, 2, 16)
+    torch.testing.assert_close(make("supcon").double()(features), make("simclr").double()(features))
+
+
+def test_targets_carry_no_gradient():
+    features = draw(8, 2, 16).requires_grad_()
+    simsiam = SimSiam(16).double()
+    simsiam.predictor = nn.Linear(16, 16).double()
+    nn.init.zeros_(simsiam.predictor.weight)
+    nn.init.ones_(simsiam.predictor.bias)
+    simsiam(features).backward()  # a prediction that features have no part in: only the targets could pull
+    assert features.grad.abs().max() == 0
+
+
+def test_simsiam_of_two_views_is_the_formula():
+    features = draw(8, 2, 16)
+    simsiam = SimSiam(16).double()
+    z = simsiam.project(features)
+    p = simsiam.predictor(z.flatten(0, 1)).unflatten(0, (8, 2))
+    cosine = lambda a, b: (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))  # noqa: E731
+    expected = -(cosine(p[:, 0], z[:, 1]) + cosine(p[:, 1], z[:, 0])).mean() / 2
+    torch.testing.assert_close(simsiam(features), expected)
+
+
+def test_byols_target_is_an_average_over_time_and_learns_nothing_itself():
+    encoder, byol = small_resnet(width=4), BYOL(32, momentum=0.9)
+    byol.attach(encoder)
+    slow = byol.target["encoder"].body[0].weight
+    expected = slow.clone()
+    byol.step(encoder, torch.rand(4, 2, 1, 16, 16)).backward()
+    assert all(p.grad is None for p in byol.target.parameters())
+    for step in range(3):
+        with torch.no_grad():
+            encoder.body[0].weight += 1
+        byol.after_step(encoder, step)
+        expected = 0.9 * expected + 0.1 * encoder.body[0].weight
+    torch.testing.assert_close(slow, expected.detach())
+    assert byol.target.training and not any(p.requires_grad for p in byol.target.parameters())
+    with pytest.raises(ValueError, match="momentum=1.5"):
+        BYOL(32, momentum=1.5)
+
+
+def test_swavs_prototypes_stay_on_the_sphere_and_have_no_bias():
+    swav = SwAV(16, prototypes=7)
+    layer = swav.prototypes.heads[0]
+    assert layer.bias is None and layer.weight.shape[0] == 7
+    with torch.no_grad():
+        layer.weight *= 3
+    swav.after_step(None, 1)
+    torch.testing.assert_close(layer.weight.norm(dim=1), torch.ones(7))
+
+
+def test_heads_have_the_papers_sizes_at_the_papers_scale():
+    heads = {"simsiam": [2048] * 3, "byol": [8192, 2048], "vicreg": [8192] * 3, "barlowtwins": [8192] * 3}
+    for name, sizes in heads.items():
+        small = OBJECTIVES[name](32)
+        assert [m.out_features * 64 for m in small.head.modules() if isinstance(m, nn.Linear)] == sizes
+    assert [m.out_features * 64 for m in SimSiam(32).predictor.modules() if isinstance(m, nn.Linear)] == [512, 2048]
+
+
+def test_barlow_twins_of_orthogonal_coordinates():
+    "Views that agree, coordinates all the same: every off-diagonal correlation is one."
+    same = draw(16, 1, 1).repeat(1, 2, 5)
+    twins = BarlowTwins(16, weight=0.01)
+    assert twins.compare(same).item() == pytest.approx(0.01 * 20, rel=1e-4)
+
+
+def test_alone_nothing_is_gathered():
+    projections = draw(4, 2, 3)
+    assert gathered(projections) is projections
+
+
+def test_emi_takes_the_series_as_its_loss():
+    features = draw(24, 2, 16)
+    series = EMI(16, projection=3, loss=partial(emi_series, terms=2)).double()
+    torch.testing.assert_close(series(features), emi_series(series.project(features), 2))
