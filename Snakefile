@@ -5,7 +5,7 @@
 import json
 from dataclasses import asdict
 
-from mlvgm_mi.experiments import load_profile
+from mlvgm_mi.experiments import Run, load_profile, material_files
 
 P = load_profile(f"nbs/experiments/profiles/{config.get('profile', 'quick')}.yaml")
 ALL = asdict(P)
@@ -15,12 +15,13 @@ PAPERMILL = "OMP_NUM_THREADS=1 papermill --no-progress-bar -k python3 --cwd ."
 
 ENCODERS = [run.name for run in P.encoders]
 FIXED = [run.name for run in P.fixed + P.continuous]
-GUIDED = ("guided", "fixed-")
+FAMILIES = [f"generators/{name}" for name in ("core", "stylegan2", "bigbigan", "nvae", "nvae_training")]
+ENGINE = ["mi", "perturb", "optics", "impact"]
 
 
 def code(*modules):
     "The modules whose change makes a result stale."
-    return [f"mlvgm_mi/{name}.py" for name in ("latents", "checkpoints", "data", "generators/core", "generators/stylegan2", *modules)]
+    return [f"mlvgm_mi/{name}.py" for name in ("latents", "checkpoints", "data", *FAMILIES, *modules)]
 
 
 def picture(name):
@@ -30,6 +31,15 @@ def picture(name):
 def parameters(*names, **more):
     "Papermill's parameters as JSON; only config values and wildcards, so that a change of them is seen as one."
     return json.dumps({"build": BUILD} | {name: ALL[name] for name in names} | more)
+
+
+def only(experiment):
+    "The parameters that nothing but this experiment has."
+    return ALL["parameters"].get(experiment, {})
+
+
+def results(*names):
+    return [f"{BUILD}/results/{name}" for name in names]
 
 
 rule all:
@@ -43,7 +53,7 @@ rule generators:
     output:
         f"{BUILD}/results/generators.csv", picture("samples")
     params:
-        y=lambda w: parameters("generator", "dataset", "quality")
+        y=lambda w: parameters("generators", "dataset", "quality")
     log:
         nb=f"{BUILD}/notebooks/E0_generators.ipynb", txt=f"{BUILD}/logs/E0_generators.txt"
     shell:
@@ -52,16 +62,70 @@ rule generators:
 
 rule impact:
     input:
-        nb=f"{NB}/E1_impact.ipynb", code=code("mi", "perturb", "impact", "plot")
+        nb=f"{NB}/E1_impact.ipynb", code=code(*ENGINE, "plot")
     output:
-        f"{BUILD}/results/impact.csv", f"{BUILD}/results/impact_table.csv", f"{BUILD}/results/budget.csv",
-        recipe=f"{BUILD}/results/recipe.yaml", pictures=picture("impact") + picture("budget")
+        results("impact.csv", "impact_table.csv", "budget.csv", "recipes.csv"), recipe=f"{BUILD}/results/recipe.yaml",
+        recipes=[f"{BUILD}/results/recipe-{name}.yaml" for name in P.generators], pictures=picture("impact") + picture("budget")
     params:
-        y=lambda w: parameters("generator", "impact", "impact_seeds", "budget")
+        y=lambda w: parameters("generator", "generators", "impact", "impact_seeds", "budget", **only("E1_impact"))
     log:
         nb=f"{BUILD}/notebooks/E1_impact.ipynb", txt=f"{BUILD}/logs/E1_impact.txt"
     priority:
         10
+    shell:
+        "{PAPERMILL} {input.nb} {log.nb} -y '{params.y}' > {log.txt} 2>&1"
+
+
+rule calibration:
+    input:
+        nb=f"{NB}/E5_calibration.ipynb", code=code(*ENGINE, "mi_truths", "mi_estimators", "plot")
+    output:
+        results("calibration.csv", "trusted.csv", "ordering.csv", "coverage.csv"), picture("calibration")
+    params:
+        y=lambda w: parameters(**only("E5_calibration"))
+    log:
+        nb=f"{BUILD}/notebooks/E5_calibration.ipynb", txt=f"{BUILD}/logs/E5_calibration.txt"
+    shell:
+        "{PAPERMILL} {input.nb} {log.nb} -y '{params.y}' > {log.txt} 2>&1"
+
+
+rule delta:
+    input:
+        nb=f"{NB}/E6_delta.ipynb", code=code(*ENGINE, "walkers", "delta", "plot")
+    output:
+        results("delta.csv", "delta_table.csv"), picture("delta")
+    params:
+        y=lambda w: parameters("generators", **only("E6_delta"))
+    log:
+        nb=f"{BUILD}/notebooks/E6_delta.ipynb", txt=f"{BUILD}/logs/E6_delta.txt"
+    priority:
+        5
+    shell:
+        "{PAPERMILL} {input.nb} {log.nb} -y '{params.y}' > {log.txt} 2>&1"
+
+
+rule relevance:
+    input:
+        nb=f"{NB}/E7_relevance.ipynb", code=code(*ENGINE, "relevance", "stability", "plot"), impact=results("impact.csv")
+    output:
+        results("relevance.csv", "rank_correlations.csv", "claims_relevance.csv"), picture("relevance")
+    params:
+        y=lambda w: parameters("generators", "dataset", **only("E7_relevance"))
+    log:
+        nb=f"{BUILD}/notebooks/E7_relevance.ipynb", txt=f"{BUILD}/logs/E7_relevance.txt"
+    shell:
+        "{PAPERMILL} {input.nb} {log.nb} -y '{params.y}' > {log.txt} 2>&1"
+
+
+rule stability:
+    input:
+        nb=f"{NB}/E8_stability.ipynb", code=code(*ENGINE, "relevance", "stability", "plot")
+    output:
+        results("stability.csv", "conditioned.csv", "ordering_sweep.csv", "claims_stability.csv"), picture("stability")
+    params:
+        y=lambda w: parameters("generators", **only("E8_stability"))
+    log:
+        nb=f"{BUILD}/notebooks/E8_stability.ipynb", txt=f"{BUILD}/logs/E8_stability.txt"
     shell:
         "{PAPERMILL} {input.nb} {log.nb} -y '{params.y}' > {log.txt} 2>&1"
 
@@ -79,15 +143,32 @@ rule views:
         "{PAPERMILL} {input.nb} {log.nb} -y '{params.y}' > {log.txt} 2>&1"
 
 
+rule walkers:
+    input:
+        nb=f"{NB}/E2a_walkers.ipynb", code=code(*ENGINE, "walkers", "delta", "plot")
+    output:
+        results("walkers.safetensors", "walker_all.safetensors", "walkers.csv"), picture("walkers")
+    params:
+        y=lambda w: parameters("generator", "budget", **only("E2a_walkers"))
+    log:
+        nb=f"{BUILD}/notebooks/E2a_walkers.ipynb", txt=f"{BUILD}/logs/E2a_walkers.txt"
+    priority:
+        8
+    shell:
+        "{PAPERMILL} {input.nb} {log.nb} -y '{params.y}' > {log.txt} 2>&1"
+
+
 rule encoder:
     input:
-        nb=f"{NB}/train.ipynb", code=code("perturb", "views", "contrastive", "evaluate", "experiments"),
-        recipe=lambda w: rules.impact.output.recipe if w.name.startswith(GUIDED) else []
+        nb=f"{NB}/train.ipynb",
+        code=code("perturb", "walkers", "views", "streams", "objectives", "methods", "encoders", "contrastive", "evaluate",
+                  "experiments"),
+        materials=lambda w: results(*material_files(Run.parse(w.name).source).values())
     output:
         f"{BUILD}/cells/{{name}}.csv"
     params:
-        y=lambda w: parameters("generator", "dataset", "uniform_sigma", "encoder", "train", "batch_size", "probe_images",
-                                   name=w.name, profile=P.name)
+        y=lambda w: parameters("generator", "dataset", "uniform_sigma", "group_sigmas", "encoder", "batch_size", "probe_images",
+                                   name=w.name, profile=P.name, train=P.train_for(Run.parse(w.name)))
     log:
         nb=f"{BUILD}/runs/{{name}}.ipynb", txt=f"{BUILD}/logs/{{name}}.txt"
     shell:
@@ -96,12 +177,12 @@ rule encoder:
 
 rule sources:
     input:
-        nb=f"{NB}/E3_sources.ipynb", code=code("evaluate", "plot"),
+        nb=f"{NB}/E3_sources.ipynb", code=code("evaluate", "experiments", "plot"),
         cells=[f"{BUILD}/cells/{name}.csv" for name in ENCODERS]
     output:
-        f"{BUILD}/results/encoders.csv", f"{BUILD}/results/sources_table.csv", picture("sources")
+        results("encoders.csv", "sources_table.csv"), picture("sources") + picture("sources_t_x")
     params:
-        y=lambda w: parameters("sources", "train", "batch_size", "probe_images", cells=ENCODERS)
+        y=lambda w: parameters("train", "batch_size", "probe_images", cells=ENCODERS, main_t_x=P.fixed_t_x)
     log:
         nb=f"{BUILD}/notebooks/E3_sources.ipynb", txt=f"{BUILD}/logs/E3_sources.txt"
     shell:
@@ -124,7 +205,8 @@ rule continuous:
 
 rule publish:
     input:
-        rules.generators.output, rules.impact.output, rules.views.output, rules.sources.output, rules.continuous.output
+        rules.generators.output, rules.impact.output, rules.views.output, rules.walkers.output, rules.calibration.output,
+        rules.delta.output, rules.relevance.output, rules.stability.output, rules.sources.output, rules.continuous.output
     output:
         f"{BUILD}/published.txt"
     params:

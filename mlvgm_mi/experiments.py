@@ -58,7 +58,7 @@ class Run:
 class Profile:
     "All parameters of a run of the experiments."
     name: str
-    generator: str  # registry name
+    generator: str  # registry name of the one that trains encoders
     dataset: str  # name in `data.DATASETS`
     seeds: list[int]
     budget: float  # nats that guided positives keep of their anchor
@@ -75,6 +75,8 @@ class Profile:
     probe_images: int  # labelled training images of the probes
     keep_cells: bool = False  # keep finished cells with the results, for runs of hours
     impact_seeds: list[int] = field(default_factory=lambda: [0])
+    generators: list[str] = field(default_factory=lambda: ["fashion-stylegan2"])  # those that are analysed
+    parameters: dict[str, dict[str, Any]] = field(default_factory=dict)  # experiment -> parameters that only it has
     group_sigmas: dict[str, float] | None = None  # of the group-wise Gaussian; None: the paper's
     across: dict[str, dict[str, list[str]]] = field(default_factory=dict)  # more runs: objective -> source -> augmentations
     train_of: dict[str, dict[str, Any]] = field(default_factory=dict)  # objective -> what it changes in `train`

@@ -3,10 +3,14 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from mlvgm_mi.cli import app, main
+from mlvgm_mi.contrastive import save_encoder, small_resnet
+from mlvgm_mi.generators.core import load_generator
 from mlvgm_mi.perturb import Recipe
+from mlvgm_mi.walkers import fresh_walkers, save_walkers
 
 RECIPE = Recipe({"w0-1": 0.1, "w2-3": 0.5, "w4-5": 1.0, "w6-7": 1.0})
 
@@ -38,6 +42,27 @@ def test_views_train_evaluate(tmp_path):
     assert (tmp_path / "run" / "encoder.safetensors").read_bytes() == first
     output = run("evaluate", tmp_path / "run" / "encoder.safetensors", "--dataset", "digits", "--out", tmp_path / "e.csv")
     assert "knn" in output and set(pd.read_csv(tmp_path / "e.csv").split) == {"val", "test"}
+
+
+def test_train_with_walkers_another_objective_and_logs(tmp_path):
+    network = load_generator("fashion-stylegan2")
+    save_walkers(tmp_path / "walkers.safetensors", fresh_walkers(network, network.layout.group_names))
+    words = ("train", "--source", "group-walker", "--walkers", tmp_path / "walkers.safetensors", "--objective", "simsiam",
+             "--dataset", "digits", "--steps", 3, "--batch-size", 8, "--logs", tmp_path / "logs", "--out", tmp_path / "run")
+    assert "3 updates" in run(*words)
+    assert (tmp_path / "run" / "encoder.safetensors").exists() and list((tmp_path / "logs").rglob("views.png"))
+
+
+def test_evaluate_reads_a_folder_of_pictures(tmp_path):
+    save_encoder(tmp_path / "encoder.safetensors", small_resnet(1, width=4, seed=0))
+    for label in range(2):
+        for n in range(12):
+            path = tmp_path / "set" / f"class{label}" / f"{n}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (40, 40), 200 * label + n).save(path)
+    output = run("evaluate", tmp_path / "encoder.safetensors", "--dataset", "folder", "--folder", tmp_path / "set",
+                 "--no-few-labels")
+    assert "linear" in output and "1pct" not in output
 
 
 @pytest.mark.parametrize("words, message", [

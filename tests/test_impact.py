@@ -31,7 +31,7 @@ from mlvgm_mi.latents import Block, Layout, normal, rng_for
 from mlvgm_mi.mi import initialise
 from mlvgm_mi.perturb import Recipe, mi_guided
 
-CONFIG = ImpactConfig(sigma_x=1.0, steps=500, pool=500 * 128, blocks=2, estimators=("infonce", "nwj", "dv", "smile"))
+CONFIG = ImpactConfig(sigma_x=1.0, steps=500, pool=500 * 128, blocks=2, looks=1, estimators=("infonce", "nwj", "dv", "smile"))
 TINY = ImpactConfig(strengths=(0.5, 1.0), candidates=16, blocks=2, pool=16, batch=8, steps=3, features=8)
 
 

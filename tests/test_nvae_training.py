@@ -107,21 +107,19 @@ def test_steps_repeat_and_seeds_differ():
     assert not all(torch.equal(value, weights(other)[name]) for name, value in weights(first).items())
 
 
-def test_stopped_at_any_step_and_resumed(tmp_path):
-    whole = train_elbo(ElboTrainer(NETWORK, CONFIG, images()), tmp_path / "whole", save_every=0.016)
-    for cut in (0.008, 0.048):
-        folder = tmp_path / str(cut)
-        train_elbo(ElboTrainer(NETWORK, CONFIG, images()), folder, save_every=0.016, stop_after=cut)
-        resumed = train_elbo(ElboTrainer(NETWORK, CONFIG, images()), folder, save_every=0.016)
-        assert resumed.step == whole.step == 8
-        assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(resumed).items())
-        assert resumed.log[-1] == whole.log[-1]
+def test_stopped_and_resumed(tmp_path):
+    whole = train_elbo(ElboTrainer(NETWORK, CONFIG, images()), tmp_path / "whole", save_every=0.032)
+    train_elbo(ElboTrainer(NETWORK, CONFIG, images()), tmp_path / "parts", save_every=0.032, stop_after=0.048)
+    resumed = train_elbo(ElboTrainer(NETWORK, CONFIG, images()), tmp_path / "parts", save_every=0.032)
+    assert resumed.step == whole.step == 8
+    assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(resumed).items())
+    assert resumed.log[-1] == whole.log[-1]
 
 
 def test_two_patterns_are_learned():
-    config = ElboConfig(kimg=0.96, batch=16, first_steps=1, lr=0.02, warm_up=0.5, peak=0.1, later=())
+    config = ElboConfig(kimg=0.64, batch=16, first_steps=1, lr=0.02, warm_up=0.4, peak=0.1, later=())
     trainer = ElboTrainer(NETWORK, config, stripes())
-    first, *_, last = [elbo_step(trainer) for _ in range(60)]
+    first, *_, last = [elbo_step(trainer) for _ in range(40)]
     assert last["distortion"] < 0.6 * first["distortion"]  # one picture for both patterns would stay near the first
     assert sum(last["kl"]) > 0.5 * math.log(2)
 

@@ -151,7 +151,7 @@ class BigBiGANTrainingConfig(TrainingConfig):
         names = ("generator", "encoder", "discriminator")
         return {f"{name}_optimiser": getattr(self, f"{name}_lr") for name in names}
 
-# %% ../../nbs/04f_generators.bigbigan_training.ipynb #f85c67bd
+# %% ../../nbs/04f_generators.bigbigan_training.ipynb #f1e8d3ff
 AVERAGED = "generator", "encoder"  # the players whose averages are shipped
 
 
@@ -174,13 +174,12 @@ class BigBiGANTrainer(Trainer):
         players = {"generator": BigBiGAN(network, seed=config.seed), "encoder": encoder, "discriminator": discriminator}
         players = {name: player.to(device, memory_format=torch.channels_last) for name, player in players.items()}
         averages = {f"average_{name}": copy.deepcopy(players[name]).eval().requires_grad_(False) for name in AVERAGED}
-        rates = config.rates.items()
         optimisers = {name: torch.optim.Adam(player.parameters(), rate, betas=(0.0, 0.99))
-                      for player, (name, rate) in zip(players.values(), rates)}
+                      for player, (name, rate) in zip(players.values(), config.rates.items())}
         self.parts = players | averages | optimisers
 
     def advance(self) -> dict[str, float]:
-        "One update of the discriminator, then one of generator and encoder; returns the losses and by how much each score is right."
+        "One update of the discriminator, then of generator and encoder; returns losses, and margins of the real pairs' scores."
         fade_rates(self, self.config.rates)
         pairs = make_pairs(self)
         scores = _update_discriminator(self, *pairs)

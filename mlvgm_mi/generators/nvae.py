@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ENCODER_PARTS', 'NVAEConfig', 'scale_groups', 'config_from_args', 'NormConv2d', 'InvertedResidual', 'Gate',
-           'OpenGate', 'UpSkip', 'Cell', 'normal_cell', 'up_cell', 'Combiner', 'output_of', 'initialise', 'NVAE',
-           'climb', 'decode_given', 'to_values', 'to_noises', 'load_nvae', 'demo_nvae']
+           'OpenGate', 'UpSkip', 'Cell', 'normal_cell', 'up_cell', 'Combiner', 'raise_odds', 'output_of', 'initialise',
+           'NVAE', 'climb', 'decode_given', 'to_values', 'to_noises', 'load_nvae', 'demo_nvae']
 
 # %% ../../nbs/04c_generators.nvae.ipynb #2255d924
 from dataclasses import dataclass, fields
@@ -51,10 +51,7 @@ class NVAEConfig:
     patch: int = 1  # squares of so many pixels a side are the channels of one position; not in the official code
 
     def __post_init__(self):
-        before, after = self.num_preprocess_blocks, self.num_postprocess_blocks
-        if before != after or self.image_size % (self.shrink * self.patch):
-            raise ValueError(f"num_preprocess_blocks={before} must be num_postprocess_blocks={after}, "
-                             f"and image_size={self.image_size} a multiple of {self.shrink * self.patch}")
+        _check_sizes(self)
 
     @property
     def canvas(self) -> int:
@@ -70,16 +67,21 @@ class NVAEConfig:
     def groups_per_scale(self) -> tuple[int, ...]:
         "Latent groups of each scale, coarsest first (the order of decoding)."
         finest, least = self.num_groups_per_scale, self.min_groups_per_scale
-        halvings = range(self.num_latent_scales - 1, -1, -1)
-        return tuple(max(least, finest >> i) if self.ada_groups else finest for i in halvings)
+        return tuple(max(least, finest >> i) if self.ada_groups else finest for i in reversed(range(self.num_latent_scales)))
 
     @property
     def sides(self) -> tuple[int, ...]:
         "Side of z of each group, in the order of decoding."
-        sides = (self.canvas // self.shrink * 2**i for i in range(self.num_latent_scales))
-        return tuple(side for side, count in zip(sides, self.groups_per_scale) for _ in range(count))
+        return tuple(self.canvas // self.shrink * 2**i for i, count in enumerate(self.groups_per_scale) for _ in range(count))
 
 # %% ../../nbs/04c_generators.nvae.ipynb #79471a80
+def _check_sizes(config: NVAEConfig) -> None:
+    before, after = config.num_preprocess_blocks, config.num_postprocess_blocks
+    if before != after or config.image_size % (config.shrink * config.patch):
+        raise ValueError(f"num_preprocess_blocks={before} must be num_postprocess_blocks={after}, "
+                         f"and image_size={config.image_size} a multiple of {config.shrink * config.patch}")
+
+
 def scale_groups(config: NVAEConfig) -> dict[str, tuple[int, int]]:
     "The latent groups of each scale taken together, for `NVAE(groups=...)`."
     starts = {side: config.sides.index(side) for side in config.sides}
@@ -321,18 +323,24 @@ def _networks(config: NVAEConfig) -> dict[str, nn.Module | None]:
     "The parts of a decoder under their official names. A single group needs no tower, `stem_decoder` reads it alone."
     latents, ladder = config.num_latent_per_group, len(config.sides) > 1
     widths = [config.num_channels_dec * config.canvas // side for side in config.sides]
+    tiles = nn.PixelShuffle(config.patch)
     outputs = output_of(config).channels(config.image_channels, config.num_mixture_dec) * config.patch**2
     return {
         "dec_sampler": nn.ModuleList(nn.Sequential(nn.ELU(), NormConv2d(c, 2 * latents, 1)) for c in widths[1:]),
         "stem_decoder": None if ladder else NormConv2d(latents, widths[0], 1),
         "dec_tower": _tower(config) if ladder else nn.ModuleList(),
         "post_process": _post_process(config),
-        "image_conditional": nn.Sequential(nn.ELU(), NormConv2d(config.num_channels_dec, outputs, 3)),
+        "image_conditional": nn.Sequential(nn.ELU(), NormConv2d(config.num_channels_dec, outputs, 3), tiles),
     }
 
 
 def _blocks(config: NVAEConfig) -> list[Block]:
     return [Block(f"z{k}", (config.num_latent_per_group, side, side)) for k, side in enumerate(config.sides)]
+
+
+def raise_odds(image: Tensor, power: float) -> Tensor:
+    "Grey values in [0, 1] whose odds `x / (1 - x)` are those of `image` to some power; above 1, light and dark move apart."
+    return image if power == 1 else (power * image.logit(eps=1e-6)).sigmoid()
 
 
 def output_of(config: NVAEConfig) -> type[Output]:
@@ -408,14 +416,11 @@ class NVAE(Generator):
 
     def distribution(self, state: Tensor) -> Output:
         "The distribution over images, on the whole canvas, that final features prescribe."
-        parameters = F.pixel_shuffle(self.image_conditional(self.post_process(state)), self.config.patch)
-        return output_of(self.config)(parameters, self.config.num_x_bits)
+        return output_of(self.config)(self.image_conditional(self.post_process(state)), self.config.num_x_bits)
 
     def render(self, state: Tensor) -> Tensor:
         "The mean of the distribution, cropped, with its contrast raised."
-        inside = slice(self.crop, self.config.image_size - self.crop)
-        image = self.distribution(state).mean()[:, :, inside, inside]
-        return image if self.contrast == 1 else (self.contrast * image.logit(eps=1e-6)).sigmoid()
+        return raise_odds(F.pad(self.distribution(state).mean(), [-self.crop] * 4), self.contrast)
 
 # %% ../../nbs/04c_generators.nvae.ipynb #970dc4a0
 def climb(

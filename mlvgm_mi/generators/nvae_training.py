@@ -218,8 +218,8 @@ FASHION_NVAE = NVAEConfig(
 )
 FASHION_STAGES = (ElboConfig(), ElboConfig(kimg=200.0, batch=64, lr=2e-3, warm_up=0.0, peak=0.05, later=()))
 FASHION_CARD = {
-    "data": "Fashion-MNIST (Xiao, Rasul and Vollgraf, 2017; MIT licence), 55,000 of the 60,000 training images, padded from 28x28 to "
-            "32x32; no validation or test image was trained on",
+    "data": "Fashion-MNIST (Xiao, Rasul and Vollgraf, 2017; MIT licence), 55,000 of the 60,000 training images, padded from "
+            "28x28 to 32x32; no validation or test image was trained on",
     "licence": "Apache-2.0",
     "limits": "grey, 32x32; prints and straps are smoothed away; samples inherit the biases of the data set",
     "made_by": "mlvgm_mi.generators.nvae_training.train_elbo, float32 on a CPU; stored in float16",

@@ -379,13 +379,14 @@ def quality(
     samples: int = 50_000,  # labelled by the oracle, to train the classifier of the accuracy score
     steps: int = 2500,  # of each of the two classifiers
     seed: int = 0,
+    oracle: Oracle | None = None,  # trained on `splits.train`; None: trained here
 ) -> dict[str, float]:
     """Oracle accuracy, classification accuracy score (`cas`), Frechet distances and the rarest and commonest class.
 
     `fd` compares 10,000 samples with 10,000 training images, `fd_floor` two disjoint sets of 10,000 training images; classes are
     those of 10,000 samples. Nothing is chosen on the test split; it is used once for each of the two accuracies.
     """
-    oracle = train_classifier(splits.train, steps, seed=seed)
+    oracle = oracle or train_classifier(splits.train, steps, seed=seed)
     fake = sample_images(generator, max(samples, 10_000), seed)
     unlabelled = ImageSet(fake, torch.zeros(len(fake), dtype=torch.int64), splits.train.class_names)
     labelled = ImageSet(fake, predict(oracle, unlabelled), splits.train.class_names)
