@@ -383,7 +383,7 @@ def test_demo():
 
 
 def test_contrast_raises_the_odds():
-    plain, sharp = (NVAE(NVAEConfig(), contrast=contrast).eval() for contrast in (1.0, 2.0))
+    plain, sharp = (NVAE(NVAEConfig(contrast=contrast)).eval() for contrast in (1.0, 2.0))
     z = plain.sample(2, rng_for(0, "z"))
     mean, image = plain.decode(z), sharp.decode(z)
     torch.testing.assert_close(image / (1 - image), (mean / (1 - mean)) ** 2, rtol=1e-3, atol=1e-5)

@@ -10,7 +10,7 @@ from mlvgm_mi.checkpoints import WeightsError, read_weights, save_weights
 from mlvgm_mi.data import ImageSet
 from mlvgm_mi.distributions import BernoulliOutput, SoftNormal
 from mlvgm_mi.generators.core import check_generator
-from mlvgm_mi.generators.nvae import NVAE, NVAEConfig
+from mlvgm_mi.generators.nvae import NVAE, NVAEConfig, canvas_side
 from mlvgm_mi.generators.nvae_encoder import NVAEEncoder, Posterior, posterior
 from mlvgm_mi.generators.nvae_training import (
     ElboConfig, ElboTrainer, elbo_loss, elbo_step, fashion_nvae, fashion_nvae_encoder, kl_balance, kl_weight, learning_rate,
@@ -82,7 +82,7 @@ def test_the_divergence_reaches_every_parameter(network):
 
 def test_patches_tile_the_image():
     decoder = NVAE(PATCHED).eval()
-    assert PATCHED.sides == (2, 2, 4, 4) and PATCHED.canvas == 8
+    assert PATCHED.sides == (2, 2, 4, 4) and canvas_side(PATCHED) == 8
     check_generator(decoder)
     with pytest.raises(ValueError, match="multiple of 8"):
         NVAEConfig(image_size=20, patch=2)
@@ -159,16 +159,15 @@ def test_statistics_are_those_of_the_data():
 
 
 def test_published_weights_come_back(tmp_path):
-    trainer = ElboTrainer(PATCHED, CONFIG, images(size=16))
+    trainer = ElboTrainer(replace(PATCHED, contrast=1.5), CONFIG, images(size=16))
     elbo_step(trainer)
-    publish_pair([trainer], tmp_path / "pair.safetensors", {"licence": "test"}, contrast=1.5)
+    publish_pair([trainer], tmp_path / "pair.safetensors", {"licence": "test"})
     decoder, encoder = load_pair(tmp_path / "pair.safetensors")
     pair = refresh_statistics(trainer.average, trainer.images)
     z = decoder.sample(2, rng_for(0, "z"))
-    pair["decoder"].contrast = 1.5
     torch.testing.assert_close(decoder.decode(z), pair["decoder"].decode(z), atol=5e-3, rtol=0)
     config = read_weights(tmp_path / "pair.safetensors")[1]
-    assert config["card"] == {"licence": "test"} and config["kimg"] == [0.008] and decoder.contrast == 1.5
+    assert config["card"] == {"licence": "test"} and config["kimg"] == [0.008] and decoder.config.contrast == 1.5
     assert posterior(encoder, decoder, trainer.images.floats(slice(0, 2)), z).kl.shape == (2, 4)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..checkpoints import load_into
 from ..distributions import Output, SoftNormal
 from mlvgm_mi.generators.nvae import (
-    ENCODER_PARTS, NVAE, Cell, Gate, NormConv2d, NVAEConfig, OpenGate, climb, initialise, to_noises,
+    ENCODER_PARTS, NVAE, Cell, Gate, NormConv2d, NVAEConfig, OpenGate, canvas_side, climb, initialise, to_noises,
 )
 from ..latents import Latents, rng_for
 
@@ -81,7 +81,7 @@ class NVAEEncoder(nn.Module):
         super().__init__()
         if config.num_nf:
             raise ValueError(f"num_nf={config.num_nf}: flows are not implemented; use num_nf=0, or decode only")
-        widths = [config.num_channels_enc * config.canvas // side for side in config.sides]
+        widths = [config.num_channels_enc * canvas_side(config) // side for side in config.sides]
         self.patch = config.patch
         self.stem = NormConv2d(config.image_channels * config.patch**2, config.num_channels_enc, 3)
         self.pre_process = _pre_process(config)

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from ..checkpoints import read_state, read_weights, save_state, save_weights
 from ..data import ImageSet
-from .bigbigan import for_inference
+from .core import for_inference
 from .nvae import NVAE, NVAEConfig, load_nvae
 from .nvae_encoder import NVAEEncoder, Posterior, load_encoder, posterior
 from .stylegan2 import weights_file
@@ -199,7 +199,6 @@ def publish_pair(
     stages: Sequence[ElboTrainer],  # one after the other; the averaged networks of the last are written
     path: str | Path,
     card: Mapping[str, str] | None = None,  # licence, data
-    contrast: float = 1.0,  # of the images, as in `NVAE`
 ) -> None:
     "Writes decoder and encoder in half precision, with configuration, training recipe, logs and `card` inside the file."
     last = stages[-1]
@@ -207,14 +206,14 @@ def publish_pair(
     state = pair["decoder"].state_dict() | pair["encoder"].state_dict()
     state = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     config = {"generator": asdict(last.network), "training": [asdict(stage.config) for stage in stages],
-              "contrast": contrast, "kimg": [stage.step * stage.config.batch / 1000 for stage in stages],
-              "card": dict(card or {}), "log": [stage.log for stage in stages]}
+              "kimg": [stage.step * stage.config.batch / 1000 for stage in stages], "card": dict(card or {}),
+              "log": [stage.log for stage in stages]}
     save_weights(path, state, config)
 
 # %% ../../nbs/04g_generators.nvae_training.ipynb #65be3110
 FASHION_NVAE = NVAEConfig(
     patch=4, num_latent_scales=3, num_latent_per_group=16, num_channels_dec=32, num_channels_enc=16,
-    num_preprocess_cells=1, num_postprocess_cells=1, expansion=3,
+    num_preprocess_cells=1, num_postprocess_cells=1, expansion=3, contrast=2.0,
 )
 FASHION_STAGES = (ElboConfig(), ElboConfig(kimg=200.0, batch=64, lr=2e-3, warm_up=0.0, peak=0.05, later=()))
 FASHION_CARD = {
@@ -231,8 +230,7 @@ def load_pair(path: str | Path) -> tuple[NVAE, NVAEEncoder]:
     "Decoder and encoder of a file by `publish_pair`, in eval mode; raises `WeightsError` for any other file."
     tensors, config = read_weights(path)
     network, name = NVAEConfig(**config["generator"]), Path(path).name
-    decoder = load_nvae(tensors, network, name, contrast=config["contrast"])
-    return decoder, load_encoder(tensors, network, name)
+    return load_nvae(tensors, network, name), load_encoder(tensors, network, name)
 
 
 def fashion_nvae() -> NVAE:
