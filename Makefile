@@ -97,6 +97,10 @@ test-product: $(ready) ## the wheel, the README program and the workflow on its 
 test-python: $(ready) ## the pytest suite without the gates and the product tests
 	$(pytest) -m "not gate and not product" --numprocesses $(JOBS) --dist worksteal --durations 10 $(ARGS)
 
+.PHONY: bench
+bench: $(ready) ## how fast, as ratios measured side by side; leave the machine alone meanwhile
+	for part in decode impact continuous; do $(python) bench/$$part.py $(ARGS); done
+
 .PHONY: wheel
 wheel: $(ready) ## build wheel and sdist into dist
 	rm -rf build/lib

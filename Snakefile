@@ -203,10 +203,24 @@ rule continuous:
         "{PAPERMILL} {input.nb} {log.nb} -y '{params.y}' > {log.txt} 2>&1"
 
 
+rule claims:
+    input:
+        nb=f"{NB}/E9_claims.ipynb", code=code("evaluate", "stability", "plot"),
+        tables=results("encoders.csv", "continuous.csv", "claims_relevance.csv", "claims_stability.csv")
+    output:
+        results("claims.csv"), picture("claims")
+    params:
+        y=lambda w: parameters("generator", main_t_x=P.fixed_t_x, objective=P.objectives[0])
+    log:
+        nb=f"{BUILD}/notebooks/E9_claims.ipynb", txt=f"{BUILD}/logs/E9_claims.txt"
+    shell:
+        "{PAPERMILL} {input.nb} {log.nb} -y '{params.y}' > {log.txt} 2>&1"
+
+
 rule publish:
     input:
         rules.generators.output, rules.impact.output, rules.views.output, rules.walkers.output, rules.calibration.output,
-        rules.delta.output, rules.relevance.output, rules.stability.output, rules.sources.output, rules.continuous.output
+        rules.delta.output, rules.relevance.output, rules.stability.output, rules.sources.output, rules.continuous.output, rules.claims.output
     output:
         f"{BUILD}/published.txt"
     params:

@@ -21,18 +21,22 @@ MINUS_REAL = ("minus_real", "minus_real_low", "minus_real_high")
 
 
 def generators(results: Path) -> pd.DataFrame:
-    "Quality of the shipped generator."
-    values = pd.read_csv(results / "generators.csv").set_index("metric")["value"]
-    share = {name: f"{100 * values[name]:.1f}%" for name in ("cas", "oracle_accuracy", "class_min", "class_max")}
-    distance = {name: f"{values[name]:.2f}" for name in ("fd", "fd_floor", "fd_untrained")}
+    "Quality of the shipped generators, one a column."
+    values = pd.read_csv(results / "generators.csv").set_index(["metric", "generator"])["value"].unstack(sort=False)
+    share = lambda name: [f"{100 * value:.1f}%" for value in values.loc[name]]
+    number = lambda name, digits: [f"{value:,.{digits}f}" for value in values.loc[name]]
     rows = {
-        "accuracy on real test images of a classifier trained on samples only": share["cas"],
-        "the same, trained on real images": share["oracle_accuracy"],
-        "Frechet distance (real against real; untrained network)":
-            f"{distance['fd']} ({distance['fd_floor']}; {distance['fd_untrained']})",
-        "share of the rarest and of the commonest class": f"{share['class_min']} and {share['class_max']}",
+        "accuracy on real test images of a classifier trained on samples only": share("cas"),
+        "the same, trained on real images": share("oracle_accuracy"),
+        "Frechet distance": number("fd", 2),
+        "the same, real against real": number("fd_floor", 2),
+        "the same, untrained network": number("fd_untrained", 0),
+        "share of the rarest class": share("class_min"),
+        "share of the commonest class": share("class_max"),
+        "training images shown, thousands": number("kimg", 0),
+        "weights, MB": number("megabytes", 2),
     }
-    return pd.DataFrame({"measure": rows.keys(), "value": rows.values()})
+    return pd.DataFrame.from_dict(rows, orient="index", columns=list(values.columns)).rename_axis("measure").reset_index()
 
 
 def impact(results: Path) -> pd.DataFrame:
@@ -44,8 +48,27 @@ def impact(results: Path) -> pd.DataFrame:
         return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
     return pd.DataFrame([
-        {"group": row["group"], "nats left": interval(row, "resampled"), "nats lost": interval(row, "lost"),
-         "share, %": interval(row, "share", 100, 0)} for _, row in table.iterrows()
+        {"generator": row["generator"], "group": row["group"], "nats left": interval(row, "resampled"),
+         "nats lost": interval(row, "lost"), "share, %": interval(row, "share", 100, 0)} for _, row in table.iterrows()
+    ])
+
+
+def claims(results: Path) -> pd.DataFrame:
+    "Verdicts on the claims of the paper that this profile can test, by generator."
+    table = pd.read_csv(results / "claims.csv")
+    return pd.DataFrame([
+        {"claim": f"{row.claim}. {row.text}", "generator": row.generator,
+         "estimate": f"{row.estimate:.2f} [{row.low:.2f}, {row.high:.2f}]", "criterion": row.criterion, "verdict": row.verdict}
+        for row in table.itertuples()
+    ])
+
+
+def speed(results: Path) -> pd.DataFrame:
+    "Benchmarks, as ratios measured side by side in one run."
+    table = pd.read_csv(results.parent / "bench" / "speed.csv")
+    return pd.DataFrame([
+        {"case": row.case, "setting": row.setting, "times faster": f"{row.ratio:.2f} [{row.low:.2f}, {row.high:.2f}]"}
+        for row in table.fillna({"setting": ""}).itertuples()
     ])
 
 
@@ -77,7 +100,7 @@ def continuous(results: Path) -> pd.DataFrame:
     })
 
 
-TABLES = {table.__name__: table for table in (generators, impact, sources, continuous)}
+TABLES = {table.__name__: table for table in (generators, impact, claims, sources, continuous, speed)}
 
 
 def markdown(frame: pd.DataFrame) -> str:
