@@ -56,6 +56,8 @@ rule generators:
         y=lambda w: parameters("generators", "dataset", "quality")
     log:
         nb=f"{BUILD}/notebooks/E0_generators.ipynb", txt=f"{BUILD}/logs/E0_generators.txt"
+    priority:
+        20
     shell:
         "{PAPERMILL} {input.nb} {log.nb} -y '{params.y}' > {log.txt} 2>&1"
 
@@ -71,7 +73,7 @@ rule impact:
     log:
         nb=f"{BUILD}/notebooks/E1_impact.ipynb", txt=f"{BUILD}/logs/E1_impact.txt"
     priority:
-        10
+        30
     shell:
         "{PAPERMILL} {input.nb} {log.nb} -y '{params.y}' > {log.txt} 2>&1"
 
@@ -126,6 +128,8 @@ rule stability:
         y=lambda w: parameters("generators", **only("E8_stability"))
     log:
         nb=f"{BUILD}/notebooks/E8_stability.ipynb", txt=f"{BUILD}/logs/E8_stability.txt"
+    priority:
+        9
     shell:
         "{PAPERMILL} {input.nb} {log.nb} -y '{params.y}' > {log.txt} 2>&1"
 
