@@ -298,6 +298,9 @@ def main() -> None:
     decoding = [*bigbigan_cases(given.quick), *stylegan2_cases(given.quick), *nvae_cases(), *shipped_cases()]
     cases = tqdm([*decoding, *sweep_cases(decoding)], disable=None)
     frame = pd.DataFrame([compared(case, budget, least) for case in cases])
+    if not given.quick:
+        keep(frame)
+        print(f"written: {TABLE.relative_to(ROOT)}")
     print(frame.to_string(index=False))
     top = peak()
     print(f"\nmatrix-product peak: {top / 1e9:.0f} GFLOP/s on {given.threads} threads")
@@ -305,9 +308,6 @@ def main() -> None:
     print("\nagainst our own fp32 decode:")
     tries = [row for case in decoding for row in alternatives(case, given.compile, budget, least)]
     print(pd.DataFrame(tries).to_string(index=False))
-    if not given.quick:
-        keep(frame)
-        print(f"\nwritten: {TABLE.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":
