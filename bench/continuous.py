@@ -18,12 +18,12 @@ import argparse
 import time
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Callable, Iterator
 
 import numpy as np
 import pandas as pd
 import torch
+from rows import keep
 from torch import Tensor
 
 from mlvgm_mi.contrastive import OBJECTIVES, Contrastive, TrainConfig, fit, small_resnet
@@ -33,7 +33,6 @@ from mlvgm_mi.perturb import Recipe
 from mlvgm_mi.streams import Prefetched, Replayed
 from mlvgm_mi.views import AUGMENTATIONS, ContinuousViews
 
-TABLE = Path(__file__).parents[1] / "results" / "bench" / "speed.csv"
 RECIPE = Recipe({"w0-1": 0.2, "w2-3": 0.8, "w4-5": 0.95, "w6-7": 0.95})
 CASES = {  # case -> (ours, peer), sums of variants
     "continuous-overhead": (("stream",), ("encoder", "decode")),
@@ -178,9 +177,7 @@ def main() -> None:
     table = pd.DataFrame(found)
     print(table.to_string(index=False))
     if not options.quick:
-        TABLE.parent.mkdir(parents=True, exist_ok=True)
-        kept = pd.read_csv(TABLE) if TABLE.exists() else table[:0]
-        pd.concat([kept[~kept.case.isin(CASES)], table]).to_csv(TABLE, index=False)
+        keep(table)
 
 
 if __name__ == "__main__":

@@ -14,20 +14,20 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass, fields
 from functools import partial
-from pathlib import Path
 from typing import Any, Callable, Iterator
 
 import pandas as pd
 import torch
 from reference import Generator as PlainStyleGAN2
 from reference import PlainBigBiGAN
+from rows import ROOT, keep
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from mlvgm_mi.checkpoints import atomic_path, read_weights
+from mlvgm_mi.checkpoints import read_weights
 from mlvgm_mi.generators.bigbigan import BigBiGAN, BigBiGANConfig, load_bigbigan, standing_statistics
 from mlvgm_mi.generators.core import Generator, for_inference, load_generator
 from mlvgm_mi.generators.nvae import config_from_args, load_nvae
@@ -35,9 +35,7 @@ from mlvgm_mi.generators.stylegan2 import StyleGAN2, StyleGAN2Config, from_publi
 from mlvgm_mi.latents import Latents, rng_for
 from mlvgm_mi.pickles import build_published, read_published
 
-ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
-TABLE = ROOT / "results" / "bench" / "speed.csv"
 
 
 @dataclass(frozen=True)
@@ -271,15 +269,6 @@ def alternatives(case: Case, compiled: bool, budget: float, least: int) -> list[
 # ---- the tables ----------------------------------------------------------------------------------------------
 
 
-def keep(frame: pd.DataFrame) -> None:
-    "Replaces the rows of these cases in the table of all benchmarks, whole or not at all."
-    TABLE.parent.mkdir(parents=True, exist_ok=True)
-    old = pd.read_csv(TABLE) if TABLE.exists() else pd.DataFrame(columns=["case"])
-    table = pd.concat([old[~old["case"].isin(frame["case"])], frame]).sort_values("case", kind="stable")
-    with atomic_path(TABLE) as temporary:
-        table.to_csv(temporary, index=False, float_format="%.6g")
-
-
 def arguments() -> argparse.Namespace:
     "Of the command line."
     parser = argparse.ArgumentParser(description=__doc__)
@@ -300,7 +289,6 @@ def main() -> None:
     frame = pd.DataFrame([compared(case, budget, least) for case in cases])
     if not given.quick:
         keep(frame)
-        print(f"written: {TABLE.relative_to(ROOT)}")
     print(frame.to_string(index=False))
     top = peak()
     print(f"\nmatrix-product peak: {top / 1e9:.0f} GFLOP/s on {given.threads} threads")

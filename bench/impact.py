@@ -19,12 +19,12 @@ import argparse
 import math
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Callable
 
 import numpy as np
 import pandas as pd
 import torch
+from rows import keep
 from torch import Tensor
 
 from mlvgm_mi.generators.core import GENERATORS, Generator, load_generator
@@ -34,7 +34,6 @@ from mlvgm_mi.mi import InfoNCE, MIEstimate, initialise, optimise
 from mlvgm_mi.optics import Optics
 from mlvgm_mi.perturb import VariancePreserving, single
 
-TABLE = Path(__file__).parents[1] / "results" / "bench" / "speed.csv"
 MOST_BLOCKS = 8
 
 
@@ -178,9 +177,7 @@ def main() -> None:
     table = pd.DataFrame([one_generator(name, config, steps, rounds, clock) for name in options.generators])
     print(table.to_string(index=False))
     if not options.quick:
-        TABLE.parent.mkdir(parents=True, exist_ok=True)
-        kept = pd.read_csv(TABLE) if TABLE.exists() else table[:0]
-        pd.concat([kept[kept.case != "impact"], table]).to_csv(TABLE, index=False)
+        keep(table)
 
 
 if __name__ == "__main__":

@@ -12,18 +12,17 @@ the 10th and 90th percentile. `--busy` takes the processor's time in place of th
 
 import argparse
 import time
-from pathlib import Path
 from typing import Callable
 
 import pandas as pd
 import torch
+from rows import keep
 from torch import Tensor
 
 from mlvgm_mi.contrastive import OBJECTIVES, small_resnet
 from mlvgm_mi.latents import rng_for
 from mlvgm_mi.presets import preset
 
-TABLE = Path(__file__).parents[1] / "results" / "bench" / "speed.csv"
 
 
 class Variant:
@@ -112,9 +111,7 @@ def main() -> None:
     found = table(times)
     print(found.to_string(index=False))
     if not (options.quick or options.busy):
-        before = pd.read_csv(TABLE) if TABLE.exists() else pd.DataFrame(columns=found.columns)
-        TABLE.parent.mkdir(parents=True, exist_ok=True)
-        pd.concat([before[~before.case.isin(found.case)], found]).to_csv(TABLE, index=False, lineterminator="\n")
+        keep(found)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
 "Adversarial training and the quality measures, at points whose value is known."
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from mlvgm_mi.checkpoints import read_weights
+from mlvgm_mi.checkpoints import read_weights, save_state
 from mlvgm_mi.data import ImageSet
 from mlvgm_mi.generators.core import LinearGaussian
 from mlvgm_mi.generators.stylegan2 import StyleGAN2Config, from_published, weights_file
 from mlvgm_mi.generators.training import (
     AdversarialConfig, AdversarialTrainer, Discriminator, Oracle, accuracy, batch_spread, discriminator_loss, frechet_distance,
-    generator_loss, predict, publish, r1_penalty, sample_images, train, train_step,
+    generator_loss, predict, publish, r1_penalty, sample_images, steps_left, train, train_step,
 )
 from mlvgm_mi.latents import rng_for
 
@@ -133,3 +134,28 @@ def test_the_shipped_file():
 @pytest.mark.parametrize("members, batch", [(4, 8), (4, 6), (4, 1)])
 def test_spread_of_odd_batches(members, batch):
     assert batch_spread(torch.randn(batch, 1, 4, 4), members).isfinite().all()
+
+
+class Counter:
+    "A trainer that only counts: 1,000 images a step, ten steps in all."
+    config = SimpleNamespace(batch=1000, kimg=10.0)
+
+    def __init__(self):
+        self.step = 0
+
+    def load_state_dict(self, state):
+        self.step = state["step"]
+
+
+@pytest.mark.parametrize("stop_after, due", [
+    (None, [4, 8, 10]),  # the last step is saved although it is no multiple of four
+    (7.0, [4, 7]),
+])
+def test_checkpoints_are_due_at_their_distance_and_at_the_end(tmp_path, stop_after, due):
+    flags = list(steps_left(Counter(), tmp_path, save_every=4.0, stop_after=stop_after))
+    assert [step for step, flag in enumerate(flags, 1) if flag] == due and len(flags) == due[-1]
+
+
+def test_steps_left_go_on_from_the_checkpoint(tmp_path):
+    save_state(tmp_path / "checkpoint.pt", {"step": 8})
+    assert list(steps_left(Counter(), tmp_path, save_every=4.0)) == [False, True]

@@ -16,14 +16,14 @@ from typing import Any, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from ..checkpoints import read_state, read_weights, save_state, save_weights
+from ..checkpoints import read_weights, save_state, save_weights
 from ..data import ImageSet
 from .core import for_inference
 from .nvae import NVAE, NVAEConfig, load_nvae
 from .nvae_encoder import NVAEEncoder, Posterior, load_encoder, posterior
 from .stylegan2 import weights_file
+from .training import steps_left
 from ..latents import rng_for
 
 # %% ../../nbs/04g_generators.nvae_training.ipynb #eb5cdced
@@ -181,16 +181,10 @@ def train_elbo(
     stop_after: float | None = None,  # kimg at which to leave early, for a run in parts
 ) -> ElboTrainer:
     "Trains to `config.kimg`, resuming from `folder` if it holds a checkpoint."
-    folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "checkpoint.pt").exists():
-        trainer.load_state_dict(read_state(folder / "checkpoint.pt"))
-    per_step = trainer.config.batch / 1000
-    last = math.ceil(min(trainer.config.kimg, stop_after or math.inf) / per_step)
-    every = max(1, round(save_every / per_step))
-    for _ in tqdm(range(trainer.step, last), initial=trainer.step, total=last, disable=None, desc="elbo"):
+    for due in steps_left(trainer, folder, save_every, stop_after):
         losses = elbo_step(trainer)
-        if trainer.step % every == 0 or trainer.step == last:
-            trainer.log.append({"kimg": trainer.step * per_step} | losses)
+        if due:
+            trainer.log.append({"kimg": trainer.step * (trainer.config.batch / 1000)} | losses)
             save_state(folder / "checkpoint.pt", trainer.state_dict())
     return trainer
 

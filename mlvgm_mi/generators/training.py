@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['TrainingConfig', 'Trainer', 'real_batch', 'fade_rates', 'update_average', 'EqualConv', 'Discriminator',
            'batch_spread', 'AdversarialConfig', 'generator_loss', 'discriminator_loss', 'r1_penalty',
-           'AdversarialTrainer', 'train_step', 'train', 'publish', 'Oracle', 'train_classifier', 'predict', 'accuracy',
-           'sample_images', 'frechet_distance', 'quality']
+           'AdversarialTrainer', 'train_step', 'steps_left', 'train', 'publish', 'Oracle', 'train_classifier',
+           'predict', 'accuracy', 'sample_images', 'frechet_distance', 'quality']
 
 # %% ../../nbs/04d_generators.training.ipynb #dd718d63
 import copy
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Callable, Mapping
+from typing import Any, Callable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -247,6 +247,23 @@ def train_step(trainer: AdversarialTrainer) -> dict[str, float]:
     return {"generator": g_loss.item(), "discriminator": d_loss.item(), "penalty": penalty.item()}
 
 # %% ../../nbs/04d_generators.training.ipynb #d1f9a383
+def steps_left(
+    trainer: Any,  # has config, step and load_state_dict; whoever loops takes one step a turn
+    folder: Path,  # holds checkpoint.pt
+    save_every: float,  # kimg between checkpoints
+    stop_after: float | None = None,  # kimg at which to leave early
+) -> Iterator[bool]:
+    "The steps from the checkpoint in `folder`, if there is one, to `config.kimg`: whether a checkpoint is due after each."
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "checkpoint.pt").exists():
+        trainer.load_state_dict(read_state(folder / "checkpoint.pt"))
+    per_step = trainer.config.batch / 1000
+    last = math.ceil(min(trainer.config.kimg, stop_after or math.inf) / per_step)
+    every = max(1, round(save_every / per_step))
+    for step in tqdm(range(trainer.step + 1, last + 1), initial=trainer.step, total=last, disable=None, desc="training"):
+        yield step % every == 0 or step == last
+
+
 def train(
     trainer: Trainer,
     folder: Path,  # holds checkpoint.pt and ema.safetensors
@@ -254,16 +271,10 @@ def train(
     stop_after: float | None = None,  # kimg at which to leave early, for a run in parts
 ) -> Trainer:
     "Trains to `config.kimg`, resuming from `folder` if it holds a checkpoint."
-    folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "checkpoint.pt").exists():
-        trainer.load_state_dict(read_state(folder / "checkpoint.pt"))
-    per_step = trainer.config.batch / 1000
-    last = math.ceil(min(trainer.config.kimg, stop_after or math.inf) / per_step)
-    every = max(1, round(save_every / per_step))
     recent = []
-    for _ in tqdm(range(trainer.step, last), initial=trainer.step, total=last, disable=None, desc="training"):
+    for due in steps_left(trainer, folder, save_every, stop_after):
         recent.append(trainer.advance())
-        if trainer.step % every == 0 or trainer.step == last:
+        if due:
             trainer.log.append({"kimg": trainer.kimg} | _means(recent))
             recent.clear()
             save_state(folder / "checkpoint.pt", trainer.state_dict())
