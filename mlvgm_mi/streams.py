@@ -43,13 +43,14 @@ class Replayed(ContinuousViews):
     def draw(self, step: int, epoch: int) -> Tensor:
         "One new cohort and `replays - 1` older ones, `(B, V, C, H, W)`."
         born = range(step - self.replays + 1, step + 1)
-        self._cohorts = {(birth, epoch): self._cohort(birth, epoch) for birth in born}
-        return torch.cat([self._of_age(self._cohorts[birth, epoch], step - birth) for birth in born])
+        cohorts = {(birth, epoch): self._cohort(birth, epoch) for birth in born}
+        self._cohorts = cohorts  # replaced whole: another thread may draw from the same source
+        return torch.cat([self._of_age(cohorts[birth, epoch], step - birth) for birth in born])
 
     def _cohort(self, birth: int, epoch: int) -> Tensor:
         "`(B / r, 1 + r (V - 1), C, H, W)`: anchors with the positives of their whole life."
-        if (birth, epoch) in self._cohorts:
-            return self._cohorts[birth, epoch]
+        if (known := self._cohorts.get((birth, epoch))) is not None:
+            return known
         rng_of = partial(self.stream, step=birth, epoch=epoch, device=self.device)
         anchors, views = self.batch_size // self.replays, 1 + self.replays * (self.views - 1)
         return draw_views(self.generator, self.perturb, anchors, rng_of, views, self.clip)

@@ -119,6 +119,21 @@ def test_replayed_anchors_of_ranks_seeds_and_epochs_are_apart():
     assert len(anchors.unique(dim=0)) == len(anchors)
 
 
+def test_a_draw_is_not_disturbed_by_one_of_another_thread():
+    source, other = replayed(2), []
+    of_age = source._of_age
+
+    def interrupted(cohort, age):  # between two cohorts of a batch another batch is drawn
+        source._of_age = of_age
+        thread = threading.Thread(target=lambda: other.append(source.draw(0, 1)))
+        thread.start()
+        thread.join()
+        return of_age(cohort, age)
+
+    source._of_age = interrupted
+    assert torch.equal(source.draw(4, 0), replayed(2).draw(4, 0)) and torch.equal(other[0], replayed(2).draw(0, 1))
+
+
 @pytest.mark.parametrize("replays", [0, 4, -1])
 def test_replays_that_do_not_divide_the_batch(replays):
     with pytest.raises(ValueError, match=f"replays={replays} must divide batch_size=6"):
