@@ -17,6 +17,8 @@ ENCODERS = [run.name for run in P.encoders]
 FIXED = [run.name for run in P.fixed + P.continuous]
 FAMILIES = [f"generators/{name}" for name in ("core", "stylegan2", "bigbigan", "nvae", "nvae_training")]
 ENGINE = ["mi", "perturb", "optics", "impact"]
+ENCODERS_CODE = ["perturb", "walkers", "views", "streams", "objectives", "methods", "encoders", "contrastive", "evaluate",
+                 "experiments"]
 
 
 def code(*modules):
@@ -162,11 +164,26 @@ rule walkers:
         "{PAPERMILL} {input.nb} {log.nb} -y '{params.y}' > {log.txt} 2>&1"
 
 
+rule rates:
+    input:
+        nb=f"{NB}/E2b_rates.ipynb", code=code(*ENCODERS_CODE, "plot"), recipe=rules.impact.output.recipe
+    output:
+        results("rates.csv"), picture("rates")
+    params:
+        y=lambda w: parameters("generator", "dataset", "encoder", "batch_size", "probe_images", "train", "train_of",
+                               "budget", "uniform_sigma", main_t_x=P.fixed_t_x, **only("E2b_rates"))
+    log:
+        nb=f"{BUILD}/notebooks/E2b_rates.ipynb", txt=f"{BUILD}/logs/E2b_rates.txt"
+    priority:
+        7
+    shell:
+        "{PAPERMILL} {input.nb} {log.nb} -y '{params.y}' > {log.txt} 2>&1"
+
+
 rule encoder:
     input:
         nb=f"{NB}/train.ipynb",
-        code=code("perturb", "walkers", "views", "streams", "objectives", "methods", "encoders", "contrastive", "evaluate",
-                  "experiments"),
+        code=code(*ENCODERS_CODE),
         materials=lambda w: results(*material_files(Run.parse(w.name).source).values())
     output:
         f"{BUILD}/cells/{{name}}.csv"
@@ -224,7 +241,8 @@ rule claims:
 rule publish:
     input:
         rules.generators.output, rules.impact.output, rules.views.output, rules.walkers.output, rules.calibration.output,
-        rules.delta.output, rules.relevance.output, rules.stability.output, rules.sources.output, rules.continuous.output, rules.claims.output
+        rules.delta.output, rules.relevance.output, rules.stability.output, rules.sources.output, rules.continuous.output, rules.claims.output,
+        rules.rates.output if "E2b_rates" in P.parameters else []  # tuning is for studies
     output:
         f"{BUILD}/published.txt"
     params:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MATERIAL_FILES', 'PAPER_SIGMAS', 'SOURCES', 'Run', 'Profile', 'load_profile', 'Materials', 'group_gaussian', 'Kind',
            'source_kind', 'material_files', 'make_source', 'digest', 'weights_digest', 'fingerprint', 'cell',
-           'write_frame', 'train_and_judge', 'sources_table', 'publish']
+           'write_frame', 'train_and_judge', 'Study', 'sources_table', 'publish']
 
 # %% ../nbs/10a_experiments.ipynb #6efcd76e
 import hashlib
@@ -27,7 +27,7 @@ from .evaluate import Interval, confidence_interval, judge, paired_difference
 from .generators.core import Generator
 from .latents import Layout
 from .perturb import Additive, Perturb, Recipe, uniform
-from .streams import Replayed
+from .streams import Recorded, Replayed
 from .views import AUGMENTATIONS, ContinuousViews, FixedViews, RealViews, ViewSource, mixed
 from .walkers import EqualNorm, load_walkers
 
@@ -363,6 +363,50 @@ def train_and_judge(
     fit(module, source, checkpoint_folder=folder, checkpoint_every=500)
     frame = judge(module.encoder, splits, dataset, seed=run.seed, shares={}).assign(**asdict(run))
     return frame[[*asdict(run), "probe", "dataset", "split", "accuracy"]]
+
+# %% ../nbs/10a_experiments.ipynb #82a99c7a
+@dataclass(frozen=True, eq=False)
+class Study:
+    "Encoders that differ in their views and objectives, and in nothing else."
+    build: Path  # folder of everything that is made
+    dataset: str  # name of the splits in tables
+    splits: Splits  # labelled images for the probes
+    encoder: Mapping[str, Any]  # arguments of `small_resnet`
+    batch_size: int  # anchors
+    record: bool = True  # keep what is decoded, for runs that differ in augmentation or objective only
+
+    def views(self, run: Run, materials: Materials, steps: int) -> ViewSource:
+        "The batches of a run."
+        plan = dict(batch_size=self.batch_size, steps_per_epoch=steps, seed=run.seed)
+        source = make_source(run.source, materials, run.t_x, **plan)
+        if not (self.record and isinstance(source, ContinuousViews)):
+            return source
+        folder = f"{run.source}-{run.seed}-{digest(self._drawn(run, materials))}"
+        return Recorded.of(source, Path(self.build) / "decoded" / folder)
+
+    def _drawn(self, run: Run, materials: Materials) -> dict[str, Any]:
+        return dict(source=run.source, materials=fingerprint(run.source, materials), batch_size=self.batch_size, seed=run.seed)
+
+    def encoder_cell(
+        self,
+        run: Run,
+        materials: Materials,
+        train: Mapping[str, Any],  # fields of `TrainConfig`
+        stem: str | None = None,  # name of the cell's file; None: the run's
+        also_in: Sequence[str | Path] = (),  # as in `cell`
+    ) -> pd.DataFrame:
+        "Rows of `train_and_judge`, computed unless a finished cell with the same key is there."
+        stem, config = stem or run.name, TrainConfig(**train)
+        source = self.views(run, materials, config.steps)
+        determines = self._drawn(run, materials) | dict(
+            name=run.name, dataset=self.dataset, encoder=dict(self.encoder), train=dict(train), bytes=type(source).__name__,
+            probe_images=[len(part) for part in (self.splits.train, self.splits.val, self.splits.test)])
+        compute = lambda: train_and_judge(run, source, self.splits, self.dataset, config, self.encoder, self.work(stem))
+        return cell(Path(self.build) / "cells" / f"{stem}.csv", determines, compute, also_in)
+
+    def work(self, stem: str) -> Path:
+        "Where the checkpoints and the history of a cell are."
+        return Path(self.build) / "work" / stem
 
 # %% ../nbs/10a_experiments.ipynb #afad80ad
 def sources_table(
