@@ -55,7 +55,7 @@ rule generators:
     output:
         f"{BUILD}/results/generators.csv", picture("samples")
     params:
-        y=lambda w: parameters("generators", "dataset", "quality")
+        y=lambda w: parameters("generators", "dataset", "images", "quality")
     log:
         nb=f"{BUILD}/notebooks/E0_generators.ipynb", txt=f"{BUILD}/logs/E0_generators.txt"
     priority:
@@ -114,7 +114,7 @@ rule relevance:
     output:
         results("relevance.csv", "rank_correlations.csv", "claims_relevance.csv"), picture("relevance")
     params:
-        y=lambda w: parameters("generators", "dataset", **only("E7_relevance"))
+        y=lambda w: parameters("generators", "dataset", "images", **only("E7_relevance"))
     log:
         nb=f"{BUILD}/notebooks/E7_relevance.ipynb", txt=f"{BUILD}/logs/E7_relevance.txt"
     shell:
@@ -170,7 +170,7 @@ rule rates:
     output:
         results("rates.csv"), picture("rates")
     params:
-        y=lambda w: parameters("generator", "dataset", "encoder", "batch_size", "probe_images", "train", "train_of",
+        y=lambda w: parameters("generator", "dataset", "images", "encoder", "batch_size", "probe_images", "train", "train_of",
                                "budget", "uniform_sigma", main_t_x=P.fixed_t_x, **only("E2b_rates"))
     log:
         nb=f"{BUILD}/notebooks/E2b_rates.ipynb", txt=f"{BUILD}/logs/E2b_rates.txt"
@@ -188,8 +188,8 @@ rule encoder:
     output:
         f"{BUILD}/cells/{{name}}.csv"
     params:
-        y=lambda w: parameters("generator", "dataset", "uniform_sigma", "group_sigmas", "encoder", "batch_size", "probe_images",
-                                   name=w.name, profile=P.name, train=P.train_for(Run.parse(w.name)))
+        y=lambda w: parameters("generator", "dataset", "images", "uniform_sigma", "group_sigmas", "encoder", "batch_size",
+                                   "probe_images", "shares", name=w.name, profile=P.name, train=P.train_for(Run.parse(w.name)))
     log:
         nb=f"{BUILD}/runs/{{name}}.ipynb", txt=f"{BUILD}/logs/{{name}}.txt"
     shell:

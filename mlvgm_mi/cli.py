@@ -11,7 +11,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Callable
+from typing import Annotated, Callable, Mapping, TypeVar
 
 import typer
 
@@ -23,7 +23,7 @@ from .experiments import SOURCES, Materials, make_source, write_frame
 from .generators.core import GENERATORS, load_generator
 from .impact import ImpactConfig, curves, fit_impact, impact_table, meet_budget
 from .latents import rng_for
-from .perturb import Recipe, mi_guided
+from .perturb import RULES, Recipe, mi_guided
 from .plot import impact_curves, save_figure, view_grid
 from .presets import preset
 from .views import draw_views
@@ -39,6 +39,15 @@ Size = Annotated[int, typer.Option(help="pixels to which the pictures of such a 
 Seed = Annotated[int, typer.Option(help="of every random stream")]
 
 
+_T = TypeVar("_T")
+
+
+def _chosen(argument: str, name: str, known: Mapping[str, _T]) -> _T:
+    if name not in known:
+        raise KeyError(f"{argument}={name!r} is unknown; choose one of {', '.join(known)}")
+    return known[name]
+
+
 @app.command()
 def generators() -> None:
     "List the generators there are."
@@ -51,18 +60,21 @@ def impact(
     budget: Annotated[float, typer.Option(help="nats that positives should keep of their anchor")] = 2.0,
     out: Out = Path("impact"),
     sigma_x: Annotated[float, typer.Option(help="std of the observation noise, in pixel units")] = ImpactConfig.sigma_x,
+    rule: Annotated[str, typer.Option(help=f"who loses how much: {', '.join(RULES)}")] = next(iter(RULES)),
     steps: Annotated[int, typer.Option(help="of the critic's training")] = ImpactConfig.steps,
+    blocks: Annotated[int, typer.Option(help="of fresh pairs behind every value; four halve the errors")] = ImpactConfig.blocks,
     seed: Seed = 0,
 ) -> None:
     "Measure the impact of every group; write table, figure and a recipe that keeps the budget."
-    sweep = fit_impact(load_generator(generator), ImpactConfig(sigma_x=sigma_x, steps=steps), seed, generator)
-    recipe, estimate, _ = meet_budget(sweep, mi_guided(curves(sweep.frame), budget), budget)
-    write_frame(sweep.frame, out / "impact.csv")
+    division, config = _chosen("rule", rule, RULES), ImpactConfig(sigma_x=sigma_x, steps=steps, blocks=blocks)
+    sweep = fit_impact(load_generator(generator), config, seed, generator)
     table = impact_table(sweep.frame)
+    write_frame(sweep.frame, out / "impact.csv")
     write_frame(table, out / "impact_table.csv")
     save_figure(impact_curves(sweep.frame).figure, out / "impact")
-    recipe.to_yaml(out / "recipe.yaml")
     typer.echo(table.round(3).to_string(index=False))
+    recipe, estimate, _ = meet_budget(sweep, mi_guided(curves(sweep.frame), budget, division), budget)
+    recipe.to_yaml(out / "recipe.yaml")
     typer.echo(f"recipe at {estimate!r}: " + ", ".join(f"{name} {s:.3f}" for name, s in recipe.strengths.items()))
     typer.echo(f"written to {out}: impact.csv, impact_table.csv, impact.png, impact.pdf, recipe.yaml")
 
@@ -107,8 +119,7 @@ def train(
     seed: Seed = 0,
 ) -> None:
     "Train an encoder, or take up a training that was interrupted."
-    if objective not in OBJECTIVES:
-        raise KeyError(f"objective={objective!r} is unknown; choose one of {', '.join(OBJECTIVES)}")
+    _chosen("objective", objective, OBJECTIVES)
     network, settings = load_generator(generator), preset(scale, objective)
     images = _images(dataset, folder, network.image_shape[-1], network.image_shape[0]).train
     materials = Materials(images, network, Recipe.from_yaml(recipe) if recipe else None, walkers=walkers, walker_all=walker_all)

@@ -21,8 +21,9 @@ import yaml
 from torch import nn
 
 from .checkpoints import atomic_path
-from .contrastive import OBJECTIVES, Contrastive, TrainConfig, fit, small_resnet
+from .contrastive import OBJECTIVES, Contrastive, TrainConfig, fit
 from .data import ImageSet, Splits
+from .encoders import build_encoder
 from .evaluate import Interval, confidence_interval, judge, paired_difference
 from .generators.core import Generator
 from .latents import Layout
@@ -69,10 +70,12 @@ class Profile:
     fixed_t_x: str  # augmentation of that comparison
     impact: dict[str, Any]  # fields of `ImpactConfig`
     quality: dict[str, Any]  # arguments of `generators.training.quality`
-    encoder: dict[str, Any]  # arguments of `small_resnet`
+    encoder: dict[str, Any]  # arguments of `build_encoder`
     train: dict[str, Any]  # fields of `TrainConfig`
     batch_size: int  # anchors in a training batch
     probe_images: int  # labelled training images of the probes
+    images: dict[str, Any] = field(default_factory=dict)  # arguments of `load_dataset`: folder, size, channels
+    shares: dict[str, float] = field(default_factory=dict)  # few-label probes: name -> share of the probe's images
     keep_cells: bool = False  # keep finished cells with the results, for runs of hours
     impact_seeds: list[int] = field(default_factory=lambda: [0])
     generators: list[str] = field(default_factory=lambda: ["fashion-stylegan2"])  # those that are analysed
@@ -95,8 +98,7 @@ class Profile:
     @property
     def fixed(self) -> list[Run]:
         "The runs on fixed sets."
-        return [Run(f"fixed-{size}", self.objectives[0], self.fixed_t_x, seed)
-                for size in self.fixed_sizes for seed in self.seeds]
+        return [Run(f"fixed-{size}", self.objectives[0], self.fixed_t_x, seed) for size in self.fixed_sizes for seed in self.seeds]
 
     @property
     def continuous(self) -> list[Run]:
@@ -354,26 +356,28 @@ def train_and_judge(
     splits: Splits,  # labelled images for the probes
     dataset: str,  # their name in the table
     config: TrainConfig,
-    encoder: Mapping[str, Any],  # arguments of `small_resnet`
+    encoder: Mapping[str, Any],  # arguments of `build_encoder`
     folder: str | Path,  # for checkpoints and the history
+    shares: Mapping[str, float] | None = None,  # few-label probes, as in `judge`; None: none
 ) -> pd.DataFrame:
     "Rows source, objective, t_x, seed, probe, dataset, split, accuracy in [0, 1]; resumes from `folder`."
-    network = small_resnet(splits.train.image_shape[0], seed=run.seed, **encoder)
+    network = build_encoder(splits.train.image_shape[0], run.seed, **encoder)
     module = Contrastive(network, OBJECTIVES[run.objective](network.num_features, seed=run.seed), config)
     fit(module, source, checkpoint_folder=folder, checkpoint_every=500)
-    frame = judge(module.encoder, splits, dataset, seed=run.seed, shares={}).assign(**asdict(run))
+    frame = judge(module.encoder, splits, dataset, seed=run.seed, shares=shares or {}).assign(**asdict(run))
     return frame[[*asdict(run), "probe", "dataset", "split", "accuracy"]]
 
-# %% ../nbs/10a_experiments.ipynb #82a99c7a
+# %% ../nbs/10a_experiments.ipynb #c5223b0d
 @dataclass(frozen=True, eq=False)
 class Study:
     "Encoders that differ in their views and objectives, and in nothing else."
     build: Path  # folder of everything that is made
     dataset: str  # name of the splits in tables
     splits: Splits  # labelled images for the probes
-    encoder: Mapping[str, Any]  # arguments of `small_resnet`
+    encoder: Mapping[str, Any]  # arguments of `build_encoder`
     batch_size: int  # anchors
     record: bool = True  # keep what is decoded, for runs that differ in augmentation or objective only
+    shares: Mapping[str, float] = field(default_factory=dict)  # few-label probes, as in `judge`
 
     def views(self, run: Run, materials: Materials, steps: int) -> ViewSource:
         "The batches of a run."
@@ -400,8 +404,9 @@ class Study:
         source = self.views(run, materials, config.steps)
         determines = self._drawn(run, materials) | dict(
             name=run.name, dataset=self.dataset, encoder=dict(self.encoder), train=dict(train), bytes=type(source).__name__,
-            probe_images=[len(part) for part in (self.splits.train, self.splits.val, self.splits.test)])
-        compute = lambda: train_and_judge(run, source, self.splits, self.dataset, config, self.encoder, self.work(stem))
+            probe_images=[len(part) for part in (self.splits.train, self.splits.val, self.splits.test)], **self.shares)
+        folder = self.work(stem)
+        compute = lambda: train_and_judge(run, source, self.splits, self.dataset, config, self.encoder, folder, self.shares)
         return cell(Path(self.build) / "cells" / f"{stem}.csv", determines, compute, also_in)
 
     def work(self, stem: str) -> Path:

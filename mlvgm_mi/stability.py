@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CLAIM_COLUMNS', 'Variant', 'usual_variants', 'stability', 'ranking_agreement', 'conditioned_or_alone',
-           'ordering_trials', 'share_interval', 'verdict', 'Claim', 'displacement_ratio', 'least_share', 'least_step']
+           'linear_trials', 'ordered_pairs', 'share_interval', 'verdict', 'Claim', 'displacement_ratio', 'least_share',
+           'least_step']
 
 # %% ../nbs/07c_stability.ipynb #270e0236
 import math
@@ -15,8 +16,9 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from .generators.core import Generator, LinearGaussian, linear_pair_mi
+from .generators.core import Generator, LinearGaussian
 from .impact import ALL_GROUPS, ImpactConfig, Pool, decode_pool, fit_impact
+from .mi_truths import LinearPair
 from .perturb import displacement
 from .relevance import rank_correlations
 
@@ -111,22 +113,38 @@ def conditioned_or_alone(
     return found.assign(difference=gap, low=gap - half, high=gap + half)
 
 # %% ../nbs/07c_stability.ipynb #333daa5d
-def ordering_trials(
+def linear_trials(
     trials: int,
     config: ImpactConfig,
-    least: float = 0.3,  # nats by which two groups must differ to count
-    seed: int = 0,
+    seed: int = 0,  # of the first trial; the next ones follow
 ) -> pd.DataFrame:
-    "Columns trial, pairs, right: on `trials` random linear generators, pairs of groups that differ by `least` or more."
-    rows = []
-    for trial in range(seed, seed + trials):
-        gains = np.random.default_rng([trial, 7]).uniform(0.1, 1.0, 4)
-        line = LinearGaussian.random(gains.tolist(), pixels=12, width=3, seed=trial)
-        left = {name: linear_pair_mi(line, {name: (0.0, 1.0)}, config.sigma_x) for name in line.layout.group_names}
-        found = _lost(fit_impact(line, config, trial).frame, "infonce").set_index("group")["mi_nats"]
-        pairs = [(a, b) for a in left for b in left if left[a] >= left[b] + least]
-        rows.append((trial, len(pairs), sum(found[a] > found[b] for a, b in pairs)))
-    return pd.DataFrame(rows, columns=["trial", "pairs", "right"])
+    """The rows of `impact` above strength 0 of `trials` random linear generators, and truth (nats), inside (the interval holds it).
+
+    A generator has four groups of two numbers, gains between 0.3 and 1.5, and 16 pixels.
+    """
+    return pd.concat([_marked(trial, config) for trial in range(seed, seed + trials)], ignore_index=True)
+
+
+def _marked(trial: int, config: ImpactConfig) -> pd.DataFrame:
+    gains = np.random.default_rng([trial, 7]).uniform(0.3, 1.5, 4)
+    line = LinearGaussian.random(gains.tolist(), pixels=16, width=2, seed=trial)
+    frame = fit_impact(line, config, trial, "linear-gaussian").frame.query("strength > 0")
+    names = {group: [group] for group in line.layout.group_names} | {ALL_GROUPS: line.layout.group_names}
+    moved = [dict.fromkeys(names[row.group], row.strength) for row in frame.itertuples()]
+    truth = np.array([LinearPair(line, strengths, config.sigma_x).nats for strengths in moved])
+    return frame.assign(truth=truth, inside=(frame["mi_nats"] - truth).abs() <= 1.96 * frame["se"])
+
+
+def ordered_pairs(
+    marked: pd.DataFrame,  # as from `linear_trials`
+    least: float = 0.3,  # nats by which two groups must differ to count
+) -> pd.DataFrame:
+    "Columns seed, strength, estimator, then group, truth and mi_nats of both (_a, _b), and right: a row per pair of groups."
+    facts = ["seed", "strength", "estimator", "group", "truth", "mi_nats"]
+    alone = marked.loc[marked["group"] != ALL_GROUPS, facts]
+    pairs = alone.merge(alone, on=facts[:3], suffixes=("_a", "_b"))
+    pairs = pairs[pairs["truth_a"] - pairs["truth_b"] >= least]
+    return pairs.assign(right=pairs["mi_nats_a"] > pairs["mi_nats_b"]).reset_index(drop=True)
 
 
 def share_interval(hits: int, trials: int) -> tuple[float, float, float]:

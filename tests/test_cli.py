@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from mlvgm_mi.cli import app, main
 from mlvgm_mi.contrastive import save_encoder, small_resnet
 from mlvgm_mi.generators.core import load_generator
-from mlvgm_mi.perturb import Recipe
+from mlvgm_mi.perturb import EqualLoss, Recipe, SpareTop
 from mlvgm_mi.walkers import fresh_walkers, save_walkers
 
 RECIPE = Recipe({"w0-1": 0.1, "w2-3": 0.5, "w4-5": 1.0, "w6-7": 1.0})
@@ -28,6 +28,27 @@ def test_impact_writes_table_figure_and_recipe(tmp_path):
     recipe = Recipe.from_yaml(tmp_path / "recipe.yaml")
     assert recipe.budget == 1.0 and "recipe at" in output
     assert set(recipe.strengths) <= set(pd.read_csv(tmp_path / "impact.csv").group)
+
+
+def test_rule_and_blocks_reach_the_recipe_and_the_errors(tmp_path):
+    "Sparing keeps the group that resampling costs most; four blocks are four times the pairs."
+    for name, words in {"equal": ("--blocks", 4), "spare": ("--rule", "spare-top")}.items():
+        run("impact", "linear-gaussian", "--budget", 2.0, "--steps", 60, "--out", tmp_path / name, *words)
+    equal, spare = (pd.read_csv(tmp_path / name / "impact.csv") for name in ("equal", "spare"))
+    assert (equal.n == 4 * spare.n).all() and equal.se.mean() < 0.7 * spare.se.mean()
+    recipes = {name: Recipe.from_yaml(tmp_path / name / "recipe.yaml") for name in ("equal", "spare")}
+    assert [recipes["equal"].rule, recipes["spare"].rule] == [EqualLoss().name, SpareTop().name]
+    table = pd.read_csv(tmp_path / "spare" / "impact_table.csv").set_index("group")
+    top = table.lost.idxmax()
+    assert recipes["spare"].strengths[top] == 0 < recipes["equal"].strengths[top]
+
+
+def test_a_budget_out_of_reach_still_leaves_the_table(tmp_path, capsys):
+    words = ["impact", "linear-gaussian", "--budget", "0.1", "--rule", "spare-top", "--steps", "60", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit) as stop:
+        main(lambda: app(words, standalone_mode=False))
+    assert stop.value.code == 2 and "budget=0.1 is out of reach" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"impact.csv", "impact_table.csv", "impact.png", "impact.pdf"}
 
 
 def test_views_train_evaluate(tmp_path):
@@ -68,6 +89,8 @@ def test_evaluate_reads_a_folder_of_pictures(tmp_path):
 @pytest.mark.parametrize("words, message", [
     (("impact", "stylegan9"), "choose one of"),
     (("impact", "linear-gaussian", "--sigma-x", "0"), "sigma_x=0"),
+    (("impact", "linear-gaussian", "--rule", "greed"), "rule='greed' is unknown; choose one of equal-loss, spare-top"),
+    (("impact", "linear-gaussian", "--blocks", "0"), "blocks=0"),
     (("views", "linear-gaussian", "--recipe", "nowhere.yaml"), "nowhere.yaml"),
     (("train", "--source", "guided", "--dataset", "digits", "--out", "x"), "recipe=None"),
     (("train", "--source", "fake", "--dataset", "digits", "--out", "x"), "name='fake' is unknown"),

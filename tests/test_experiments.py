@@ -6,13 +6,17 @@ import pytest
 import torch
 import yaml
 
-from mlvgm_mi.data import load_digits
+import mlvgm_mi.datasets  # noqa: F401 (adds the paper's sets to DATASETS)
+from mlvgm_mi.contrastive import TrainConfig
+from mlvgm_mi.data import DATASETS, load_digits
+from mlvgm_mi.encoders import build_encoder
 from mlvgm_mi.experiments import (
     MATERIAL_FILES, SOURCES, Materials, Run, cell, fingerprint, group_gaussian, load_profile, make_source, material_files,
     publish, source_kind, sources_table, weights_digest, write_frame,
 )
 from mlvgm_mi.generators.core import LinearGaussian, load_generator
 from mlvgm_mi.latents import rng_for
+from mlvgm_mi.methods import OBJECTIVES
 from mlvgm_mi.perturb import Additive, Perturb, Recipe, moves
 from mlvgm_mi.views import AUGMENTATIONS
 from mlvgm_mi.walkers import all_groups, fresh_walkers, save_walkers
@@ -42,6 +46,11 @@ def test_profiles_that_ship(path):
     names = [run.name for run in profile.encoders + profile.fixed + profile.continuous]
     assert [Run.parse(name).name for name in names] == names
     assert len(set(profile.seeds)) == len(profile.seeds) >= 2
+    assert profile.dataset in DATASETS and set(profile.images) <= {"folder", "size", "channels"}
+    assert build_encoder(channels=1, **profile.encoder).num_features > 0
+    for run in profile.encoders:
+        assert run.objective in OBJECTIVES and run.t_x in AUGMENTATIONS and source_kind(run.source)
+        assert TrainConfig(**profile.train_for(run)).steps == profile.train["steps"]
 
 
 def test_quick_and_full_have_three_seeds():

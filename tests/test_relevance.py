@@ -17,7 +17,8 @@ from mlvgm_mi.relevance import (
     independent_groups, jacobian_relevance, linear_conditional_mi, rank_correlations, worths,
 )
 from mlvgm_mi.stability import (
-    CLAIM_COLUMNS, Claim, displacement_ratio, least_share, least_step, ordering_trials, share_interval, usual_variants, verdict,
+    CLAIM_COLUMNS, Claim, displacement_ratio, least_share, least_step, linear_trials, ordered_pairs, share_interval,
+    usual_variants, verdict,
 )
 
 SMALL = StyleGAN2Config(z_dim=8, w_dim=8, img_resolution=8, img_channels=1, num_layers=1, channel_base=64)
@@ -215,8 +216,28 @@ def test_variants_leave_out_the_reference():
 def test_groups_three_tenths_apart_are_ordered():
     "Small sweeps on linear generators of random gains; the study of a hundred trials is in results/."
     config = ImpactConfig(strengths=(1.0,), candidates=512, pool=60 * 128, steps=100, features=32, lr=1e-2)
-    found = ordering_trials(4, config)
-    assert found["pairs"].sum() >= 10 and found["right"].sum() >= 0.95 * found["pairs"].sum()
+    marked = linear_trials(4, config)
+    pairs = ordered_pairs(marked)
+    assert len(pairs) >= 10 and pairs["right"].mean() >= 0.95
+    assert marked[["truth", "mi_nats"]].corr(method="spearman").iloc[0, 1] > 0.9
+
+
+def test_pairs_are_those_of_one_trial_that_differ_enough():
+    rows = [(0, 1.0, "a", 1.0, 2.0), (0, 1.0, "b", 1.2, 1.0), (0, 1.0, "c", 2.0, 1.5), (1, 1.0, "a", 9.0, 9.0),
+            (0, 0.5, "a", 5.0, 5.0), (0, 1.0, "all groups", 0.1, 0.1)]
+    marked = pd.DataFrame(rows, columns=["seed", "strength", "group", "truth", "mi_nats"]).assign(estimator="infonce")
+    pairs = ordered_pairs(marked, least=0.5).set_index(["group_a", "group_b"]).right
+    assert pairs.to_dict() == {("c", "a"): False, ("c", "b"): True}
+
+
+def test_trials_know_the_truth_and_their_seed():
+    "The truth is the closed form of the same generator, whatever the sweep says; later trials do not depend on earlier ones."
+    config = ImpactConfig(strengths=(1.0,), candidates=64, pool=128, batch=64, steps=2, features=4, sigma_x=1.5)
+    both, second = linear_trials(2, config, seed=3), linear_trials(1, config, seed=4)
+    pd.testing.assert_frame_equal(both[both.seed == 4].reset_index(drop=True), second)
+    resampled = second.set_index("group").truth
+    assert resampled["all groups"] == pytest.approx(0, abs=1e-6) and (resampled.drop("all groups") > 0.1).all()
+    assert (second.inside == ((second.mi_nats - second.truth).abs() <= 1.96 * second.se)).all()
 
 
 @pytest.mark.parametrize("hits, trials", [(95, 100), (0, 10), (10, 10)])
