@@ -99,7 +99,7 @@ test-python: $(ready) ## the pytest suite without the gates and the product test
 
 .PHONY: bench
 bench: $(ready) ## how fast, as ratios measured side by side; leave the machine alone meanwhile
-	for part in decode impact continuous; do $(python) bench/$$part.py $(ARGS); done
+	for part in decode impact continuous objectives; do $(python) bench/$$part.py $(ARGS); done
 
 .PHONY: wheel
 wheel: $(ready) ## build wheel and sdist into dist

@@ -158,7 +158,7 @@ def main() -> None:
     "Measure, print, write."
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one batch size, two rounds; writes nothing")
-    parser.add_argument("--busy", action="store_true", help="processor seconds, for a machine that has other work")
+    parser.add_argument("--busy", action="store_true", help="processor seconds, for a machine that has other work; writes nothing")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -176,7 +176,7 @@ def main() -> None:
         found += rows(f"batch {size}, {t_x}", times)
     table = pd.DataFrame(found)
     print(table.to_string(index=False))
-    if not options.quick:
+    if not (options.quick or options.busy):
         keep(table)
 
 

@@ -165,7 +165,7 @@ def main() -> None:
     known = [name for name in ("fashion-stylegan2", "fashion-bigbigan") if name in GENERATORS]
     parser.add_argument("--generators", nargs="+", default=known)
     parser.add_argument("--quick", action="store_true", help="one round, small numbers; writes nothing")
-    parser.add_argument("--busy", action="store_true", help="processor seconds, for a machine that has other work")
+    parser.add_argument("--busy", action="store_true", help="processor seconds, for a machine that has other work; writes nothing")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -176,7 +176,7 @@ def main() -> None:
         steps, rounds = [25, 50, 100], 1
     table = pd.DataFrame([one_generator(name, config, steps, rounds, clock) for name in options.generators])
     print(table.to_string(index=False))
-    if not options.quick:
+    if not (options.quick or options.busy):
         keep(table)
 
 

@@ -24,7 +24,6 @@ from mlvgm_mi.latents import rng_for
 from mlvgm_mi.presets import preset
 
 
-
 class Variant:
     "An encoder with an objective, ready to step."
 

@@ -53,11 +53,9 @@ def write_library(root: Path, source: Path, symbols: Symbols) -> dict[str, str]:
 
 
 def executed_experiments(root: Path) -> list[Path]:
-    "Executed notebooks of the best profile that has any."
-    for profile in ("full", "quick"):
-        if found := sorted((root / "results" / profile / "notebooks").glob("*.ipynb")):
-            return found
-    return []
+    "Executed notebooks by name, each of the best profile that has it."
+    found = {path.name: path for profile in ("quick", "full") for path in (root / "results" / profile / "notebooks").glob("*.ipynb")}
+    return [found[name] for name in sorted(found)]
 
 
 def write_experiments(root: Path, source: Path, symbols: Symbols) -> dict[str, str]:

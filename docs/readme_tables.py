@@ -1,6 +1,9 @@
-"""Fills the tables of README.md from results/<profile>; `--check` only says whether they are up to date.
+"""Fills the tables of README.md; `--check` only says whether they are up to date.
 
-    python docs/readme_tables.py [--check] [profile]
+    python docs/readme_tables.py [--check]
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->` and is made from results/quick, or from the results of the profile in
+`<!-- table: NAME of PROFILE -->`.
 """
 import re
 import sys
@@ -88,6 +91,22 @@ def sources(results: Path) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def study(results: Path) -> pd.DataFrame:
+    "Linear probe per source, augmentation and objective, and what the first objective gains over real and uniform views."
+    table = pd.read_csv(results / "sources_table.csv")
+    table = table[table.probe == "linear"]
+    objectives, rows = list(table.objective.unique()), []
+    for (source, t_x), part in table.groupby(["source", "t_x"], sort=False):
+        part = part.set_index("objective").reindex(objectives)
+        row = {"views from": source, "t_x": t_x}
+        row |= {name: "" if pd.isna(own.accuracy) else percent(own, "accuracy", "low", "high") for name, own in part.iterrows()}
+        for title, against in {"minus real at its best t_x": "best_real", "minus uniform": "uniform"}.items():
+            ends = [f"minus_{against}{end}" for end in ("", "_low", "_high")]
+            row[f"{objectives[0]} {title}"] = "" if part[ends].iloc[0].isna().any() else percent(part.iloc[0], *ends)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
 def continuous(results: Path) -> pd.DataFrame:
     "Accuracy against the number of distinct anchors."
     table = pd.read_csv(results / "continuous_table.csv")
@@ -100,7 +119,7 @@ def continuous(results: Path) -> pd.DataFrame:
     })
 
 
-TABLES = {table.__name__: table for table in (generators, impact, claims, sources, continuous, speed)}
+TABLES = {table.__name__: table for table in (generators, impact, claims, sources, study, continuous, speed)}
 
 
 def markdown(frame: pd.DataFrame) -> str:
@@ -110,19 +129,18 @@ def markdown(frame: pd.DataFrame) -> str:
 
 
 def fill(text: str, results: Path) -> str:
-    "`text` with every table between its markers made anew."
+    "`text` with every table between its markers made anew, from folders of profiles in `results`."
     def table(match: re.Match) -> str:
-        return f"{match[1]}\n{markdown(TABLES[match[2]](results))}\n{match[3]}"
+        return f"{match[1]}\n{markdown(TABLES[match[2]](results / (match[3] or 'quick')))}\n{match[4]}"
 
-    return re.sub(r"(<!-- table: (\w+) -->)\n.*?(<!-- end -->)", table, text, flags=re.S)
+    return re.sub(r"(<!-- table: (\w+)(?: of (\w+))? -->)\n.*?(<!-- end -->)", table, text, flags=re.S)
 
 
 def main(arguments: list[str]) -> int:
     "Fills or checks; 1 if a check fails."
-    profile = next((word for word in arguments if not word.startswith("--")), "quick")
     readme = ROOT / "README.md"
     old = readme.read_text(encoding="utf-8")
-    new = fill(old, ROOT / "results" / profile)
+    new = fill(old, ROOT / "results")
     if "--check" in arguments:
         print("README.md is up to date" if old == new else "README.md: tables differ from results; run docs/readme_tables.py")
         return int(old != new)
