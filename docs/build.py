@@ -54,7 +54,8 @@ def write_library(root: Path, source: Path, symbols: Symbols) -> dict[str, str]:
 
 def executed_experiments(root: Path) -> list[Path]:
     "Executed notebooks by name, each of the best profile that has it."
-    found = {path.name: path for profile in ("quick", "full") for path in (root / "results" / profile / "notebooks").glob("*.ipynb")}
+    folders = [root / "results" / profile / "notebooks" for profile in ("quick", "full")]
+    found = {path.name: path for folder in folders for path in folder.glob("*.ipynb")}
     return [found[name] for name in sorted(found)]
 
 

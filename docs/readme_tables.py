@@ -2,8 +2,8 @@
 
     python docs/readme_tables.py [--check]
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->` and is made from results/quick, or from the results of the profile in
-`<!-- table: NAME of PROFILE -->`.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->` and is made from results/quick, or from another profile's
+results if it reads `<!-- table: NAME of PROFILE -->`.
 """
 import re
 import sys
