@@ -116,6 +116,7 @@ def train(
     steps: Annotated[int, typer.Option(help="updates")] = 1000,
     batch_size: Annotated[int, typer.Option(help="anchors in a batch")] = 128,
     logs: Annotated[Path | None, typer.Option(help="folder for TensorBoard and pictures of views")] = None,
+    checkpoint_every: Annotated[int, typer.Option(help="updates between checkpoints, from which a killed run goes on")] = 200,
     seed: Seed = 0,
 ) -> None:
     "Train an encoder, or take up a training that was interrupted."
@@ -126,7 +127,7 @@ def train(
     batches = make_source(source, materials, t_x, batch_size=batch_size, steps_per_epoch=steps, seed=seed)
     encoder = small_resnet(images.image_shape[0], seed=seed)
     module = Contrastive(encoder, settings.build(encoder.num_features, seed), settings.config(steps, batch_size))
-    history = fit(module, batches, checkpoint_folder=out, logs=logs)
+    history = fit(module, batches, out, checkpoint_every, logs=logs)
     save_encoder(out / "encoder.safetensors", module.encoder)
     typer.echo(f"{steps} updates, loss {history.loss.iloc[0]:.3f} -> {history.loss.iloc[-1]:.3f}")
     typer.echo(f"written: {out / 'encoder.safetensors'}")

@@ -1,4 +1,8 @@
 "The command line: verbs hand files to each other, mistakes cost one line."
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -63,6 +67,22 @@ def test_views_train_evaluate(tmp_path):
     assert (tmp_path / "run" / "encoder.safetensors").read_bytes() == first
     output = run("evaluate", tmp_path / "run" / "encoder.safetensors", "--dataset", "digits", "--out", tmp_path / "e.csv")
     assert "knn" in output and set(pd.read_csv(tmp_path / "e.csv").split) == {"val", "test"}
+
+
+def test_a_killed_training_goes_on(tmp_path):
+    RECIPE.to_yaml(tmp_path / "recipe.yaml")
+    words = ("train", "--source", "continuous", "--recipe", tmp_path / "recipe.yaml", "--objective", "simsiam", "--dataset",
+             "digits", "--steps", 40, "--batch-size", 8, "--checkpoint-every", 4, "--out")
+    command = [sys.executable, "-c", "from mlvgm_mi.cli import main; main()", *map(str, words), str(tmp_path / "killed")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list((tmp_path / "killed").glob("step-*.ckpt")):
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and not (tmp_path / "killed" / "encoder.safetensors").exists()
+    assert run(*words, tmp_path / "killed") == run(*words, tmp_path / "whole").replace("whole", "killed")
+    for name in ("encoder.safetensors", "history.csv"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert "linear" in run("evaluate", tmp_path / "killed" / "encoder.safetensors", "--dataset", "digits")
 
 
 def test_train_with_walkers_another_objective_and_logs(tmp_path):
