@@ -95,9 +95,9 @@ rule calibration:
 
 rule delta:
     input:
-        nb=f"{NB}/E6_delta.ipynb", code=code(*ENGINE, "walkers", "delta", "plot")
+        nb=f"{NB}/E6_delta.ipynb", code=code(*ENGINE, "walkers", "delta", "plot"), impact=results("impact_table.csv")
     output:
-        results("delta.csv", "delta_table.csv"), picture("delta")
+        results("delta.csv", "delta_table.csv", "table1.csv"), picture("delta"), picture("table1")
     params:
         y=lambda w: parameters("generators", **only("E6_delta"))
     log:
@@ -123,9 +123,9 @@ rule relevance:
 
 rule stability:
     input:
-        nb=f"{NB}/E8_stability.ipynb", code=code(*ENGINE, "relevance", "stability", "plot")
+        nb=f"{NB}/E8_stability.ipynb", code=code(*ENGINE, "relevance", "stability", "plot"), ordering=results("ordering.csv")
     output:
-        results("stability.csv", "conditioned.csv", "ordering_sweep.csv", "claims_stability.csv"), picture("stability")
+        results("stability.csv", "conditioned.csv", "claims_stability.csv"), picture("stability")
     params:
         y=lambda w: parameters("generators", **only("E8_stability"))
     log:
