@@ -56,6 +56,33 @@ def impact(results: Path) -> pd.DataFrame:
     ])
 
 
+def table1(results: Path) -> pd.DataFrame:
+    "Nats lost by resampling beside the displacement of a learned walker at common levels, and the two orders."
+    table = pd.read_csv(results / "table1.csv")
+    levels = [name for name in table if name.startswith("delta_at_") and not name.endswith(("_low", "_high"))]
+
+    def interval(row: pd.Series, name: str) -> str:
+        mean, low, high = (row[name + end] for end in ("", "_low", "_high"))
+        return "not reached" if mean == float("inf") else f"{mean:.2f} [{low:.2f}, {high:.2f}]"
+
+    return pd.DataFrame([
+        {"generator": row["generator"], "group": row["group"], "nats lost": interval(row, "lost")}
+        | {f"displacement at {name.removeprefix('delta_at_')} nats": interval(row, name) for name in levels}
+        | {"rank by nats": row["impact_rank"], "rank by displacement": row["paper_rank"]} for _, row in table.iterrows()
+    ])
+
+
+def coverage(results: Path) -> pd.DataFrame:
+    "How often the interval of the impact sweep holds the truth, by true nats."
+    table = pd.read_csv(results / "coverage.csv")
+    table = table[table.estimator == "infonce (sweep)"]
+    return pd.DataFrame({
+        "true nats": table.band, "values": table.trials,
+        "intervals that hold the truth, %": [percent(row, "share", "low", "high") for _, row in table.iterrows()],
+        "mean error, nats": [f"{value:+.3f}" for value in table.bias],
+    })
+
+
 def claims(results: Path) -> pd.DataFrame:
     "Verdicts on the claims of the paper that this profile can test, by generator."
     table = pd.read_csv(results / "claims.csv")
@@ -119,7 +146,7 @@ def continuous(results: Path) -> pd.DataFrame:
     })
 
 
-TABLES = {table.__name__: table for table in (generators, impact, claims, sources, study, continuous, speed)}
+TABLES = {table.__name__: table for table in (generators, impact, table1, coverage, claims, sources, study, continuous, speed)}
 
 
 def markdown(frame: pd.DataFrame) -> str:
