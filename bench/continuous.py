@@ -1,6 +1,6 @@
 """What continuous sampling adds to a training step, beyond the work of the encoder and of the generator.
 
-`python bench/continuous.py [--quick] [--busy] [--threads N]` prints a table and replaces its rows in
+`python bench/continuous.py [--quick] [--busy] [--rounds N] [--threads N]` prints a table and replaces its rows in
 results/bench/speed.csv. All variants run in one process and take turns, in every round on other batches. Milliseconds per
 step, the median over the rounds; ratios are taken within a round, with the 10th and 90th percentile.
 
@@ -159,6 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one batch size, two rounds; writes nothing")
     parser.add_argument("--busy", action="store_true", help="processor seconds, for a machine that has other work; writes nothing")
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -171,7 +172,7 @@ def main() -> None:
         source = ContinuousViews(generator, RECIPE.perturb(generator.layout), augment=AUGMENTATIONS[t_x], batch_size=size,
                                  steps_per_epoch=1000)  # fmt: skip
         bench = Bench(source, clock, steps=3 if options.quick else max(4, 512 // size))
-        times = pd.DataFrame([bench.round(index) for index in range(2 if options.quick else 8)])
+        times = pd.DataFrame([bench.round(index) for index in range(2 if options.quick else options.rounds)])
         print(f"batch {size}, {t_x}, ms/step:", (1000 * times.median()).round(1).to_dict(), flush=True)
         found += rows(f"batch {size}, {t_x}", times)
     table = pd.DataFrame(found)
