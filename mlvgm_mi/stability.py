@@ -120,7 +120,8 @@ def linear_trials(
 ) -> pd.DataFrame:
     """The rows of `impact` above strength 0 of `trials` random linear generators, and truth (nats), inside (the interval holds it).
 
-    A generator has four groups of two numbers, gains between 0.3 and 1.5, and 16 pixels.
+    A generator has four groups of two numbers, gains between 0.3 and 1.5, and 16 pixels. Intervals know the noise in reading a
+    critic, not what it failed to learn; experiment E5 says how far that matters.
     """
     return pd.concat([_marked(trial, config) for trial in range(seed, seed + trials)], ignore_index=True)
 
