@@ -5,6 +5,7 @@
 A table stands between `<!-- table: NAME -->` and `<!-- end -->` and is made from results/quick, or from another profile's
 results if it reads `<!-- table: NAME of PROFILE -->`.
 """
+import math
 import re
 import sys
 from pathlib import Path
@@ -20,7 +21,12 @@ def percent(row: pd.Series, *names: str) -> str:
     return f"{mean:.1f} [{low:.1f}, {high:.1f}]"
 
 
-MINUS_REAL = ("minus_real", "minus_real_low", "minus_real_high")
+def interval(row: pd.Series, name: str, scale: float = 1, digits: int = 2) -> str:
+    "`mean [low, high]` of the columns `name`, `name_low`, `name_high`; infinite is out of reach, NaN is empty."
+    mean, low, high = (scale * row[f"{name}{end}"] for end in ("", "_low", "_high"))
+    if math.isnan(mean):
+        return ""
+    return "not reached" if math.isinf(mean) else f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def generators(results: Path) -> pd.DataFrame:
@@ -45,11 +51,6 @@ def generators(results: Path) -> pd.DataFrame:
 def impact(results: Path) -> pd.DataFrame:
     "What is left of an anchor when a group is drawn anew, and what that took off."
     table = pd.read_csv(results / "impact_table.csv")
-
-    def interval(row: pd.Series, name: str, scale: float = 1, digits: int = 2) -> str:
-        mean, low, high = (scale * row[f"{name}{end}"] for end in ("", "_low", "_high"))
-        return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-
     return pd.DataFrame([
         {"generator": row["generator"], "group": row["group"], "nats left": interval(row, "resampled"),
          "nats lost": interval(row, "lost"), "share, %": interval(row, "share", 100, 0)} for _, row in table.iterrows()
@@ -60,11 +61,6 @@ def table1(results: Path) -> pd.DataFrame:
     "Nats lost by resampling beside the displacement of a learned walker at common levels, and the two orders."
     table = pd.read_csv(results / "table1.csv")
     levels = [name for name in table if name.startswith("delta_at_") and not name.endswith(("_low", "_high"))]
-
-    def interval(row: pd.Series, name: str) -> str:
-        mean, low, high = (row[name + end] for end in ("", "_low", "_high"))
-        return "not reached" if mean == float("inf") else f"{mean:.2f} [{low:.2f}, {high:.2f}]"
-
     return pd.DataFrame([
         {"generator": row["generator"], "group": row["group"], "nats lost": interval(row, "lost")}
         | {f"displacement at {name.removeprefix('delta_at_')} nats": interval(row, name) for name in levels}
@@ -113,7 +109,7 @@ def sources(results: Path) -> pd.DataFrame:
         rows.append({
             "views from": source, "t_x": t_x,
             "linear probe, %": percent(gain, "accuracy", "low", "high"),
-            "minus real, points": "" if pd.isna(gain.minus_real) else percent(gain, *MINUS_REAL),
+            "minus real, points": interval(gain, "minus_real", 100, 1),
             "kNN, %": percent(part.loc["knn"], "accuracy", "low", "high"),
         })
     return pd.DataFrame(rows)
@@ -129,8 +125,7 @@ def study(results: Path) -> pd.DataFrame:
         row = {"views from": source, "t_x": t_x}
         row |= {name: "" if pd.isna(own.accuracy) else percent(own, "accuracy", "low", "high") for name, own in part.iterrows()}
         for title, against in {"minus real at its best t_x": "best_real", "minus uniform": "uniform"}.items():
-            ends = [f"minus_{against}{end}" for end in ("", "_low", "_high")]
-            row[f"{objectives[0]} {title}"] = "" if part[ends].iloc[0].isna().any() else percent(part.iloc[0], *ends)
+            row[f"{objectives[0]} {title}"] = interval(part.iloc[0], f"minus_{against}", 100, 1)
         rows.append(row)
     return pd.DataFrame(rows)
 

@@ -386,7 +386,7 @@ class Study:
         if not (self.record and isinstance(source, ContinuousViews)):
             return source
         folder = f"{run.source}-{run.seed}-{digest(self._drawn(run, materials))}"
-        return Recorded.of(source, Path(self.build) / "decoded" / folder)
+        return Recorded.of(source, self.build / "decoded" / folder)
 
     def _drawn(self, run: Run, materials: Materials) -> dict[str, Any]:
         return dict(source=run.source, materials=fingerprint(run.source, materials), batch_size=self.batch_size, seed=run.seed)
@@ -407,11 +407,11 @@ class Study:
             probe_images=[len(part) for part in (self.splits.train, self.splits.val, self.splits.test)], **self.shares)
         folder = self.work(stem)
         compute = lambda: train_and_judge(run, source, self.splits, self.dataset, config, self.encoder, folder, self.shares)
-        return cell(Path(self.build) / "cells" / f"{stem}.csv", determines, compute, also_in)
+        return cell(self.build / "cells" / f"{stem}.csv", determines, compute, also_in)
 
     def work(self, stem: str) -> Path:
         "Where the checkpoints and the history of a cell are."
-        return Path(self.build) / "work" / stem
+        return self.build / "work" / stem
 
 # %% ../nbs/10a_experiments.ipynb #afad80ad
 def sources_table(

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from mlvgm_mi import contrastive
 from mlvgm_mi.cli import app, main
-from mlvgm_mi.contrastive import save_encoder, small_resnet
+from mlvgm_mi.contrastive import Stream, save_encoder, small_resnet
 from mlvgm_mi.generators.core import load_generator
 from mlvgm_mi.perturb import EqualLoss, Recipe, SpareTop
 from mlvgm_mi.walkers import fresh_walkers, save_walkers
@@ -69,7 +70,9 @@ def test_views_train_evaluate(tmp_path):
     assert "knn" in output and set(pd.read_csv(tmp_path / "e.csv").split) == {"val", "test"}
 
 
-def test_a_killed_training_goes_on(tmp_path):
+def test_a_killed_training_goes_on(tmp_path, monkeypatch):
+    firsts = []
+    monkeypatch.setattr(contrastive, "Stream", lambda source, first, *rest: firsts.append(first) or Stream(source, first, *rest))
     RECIPE.to_yaml(tmp_path / "recipe.yaml")
     words = ("train", "--source", "continuous", "--recipe", tmp_path / "recipe.yaml", "--objective", "simsiam", "--dataset",
              "digits", "--steps", 40, "--batch-size", 8, "--checkpoint-every", 4, "--out")
@@ -80,6 +83,7 @@ def test_a_killed_training_goes_on(tmp_path):
     process.kill()
     assert process.wait() == -signal.SIGKILL and not (tmp_path / "killed" / "encoder.safetensors").exists()
     assert run(*words, tmp_path / "killed") == run(*words, tmp_path / "whole").replace("whole", "killed")
+    assert firsts[0] > 0 == firsts[1]  # taken up, not begun again
     for name in ("encoder.safetensors", "history.csv"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert "linear" in run("evaluate", tmp_path / "killed" / "encoder.safetensors", "--dataset", "digits")
