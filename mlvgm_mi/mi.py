@@ -59,8 +59,11 @@ class MIEstimate:
     limit: float = math.inf  # largest value that so many pairs support; unlike the ceiling it can be passed
 
     def interval(self) -> tuple[float, float]:
-        "95% interval, `nats -+ 1.96 se`."
-        return self.nats - 1.96 * self.se, self.nats + 1.96 * self.se
+        """95% interval of the truth, `nats - 1.96 se` to `nats + 1.96 se + ceiling_cost`; at the ceiling nothing bounds it above.
+
+        It knows the noise in reading a critic and what the ceiling took off, not what the critic failed to learn.
+        """
+        return self.nats - 1.96 * self.se, self.nats + 1.96 * self.se + self.ceiling_cost
 
     @property
     def ceiling_cost(self) -> float:

@@ -18,6 +18,7 @@ from scipy import stats
 
 from .generators.core import Generator, LinearGaussian
 from .impact import ALL_GROUPS, ImpactConfig, Pool, decode_pool, fit_impact
+from .mi import MIEstimate
 from .mi_truths import LinearPair
 from .perturb import displacement
 from .relevance import rank_correlations
@@ -118,10 +119,10 @@ def linear_trials(
     config: ImpactConfig,
     seed: int = 0,  # of the first trial; the next ones follow
 ) -> pd.DataFrame:
-    """The rows of `impact` above strength 0 of `trials` random linear generators, and truth (nats), inside (the interval holds it).
+    """The rows of `impact` above strength 0 of `trials` random linear generators, and truth, low, high (nats), inside.
 
-    A generator has four groups of two numbers, gains between 0.3 and 1.5, and 16 pixels. Intervals know the noise in reading a
-    critic, not what it failed to learn; experiment E5 says how far that matters.
+    A generator has four groups of two numbers, gains between 0.3 and 1.5, and 16 pixels. `low` and `high` are the interval of
+    `MIEstimate`, which does not know what the critic failed to learn; experiment E5 says how far that matters.
     """
     return pd.concat([_marked(trial, config) for trial in range(seed, seed + trials)], ignore_index=True)
 
@@ -133,7 +134,9 @@ def _marked(trial: int, config: ImpactConfig) -> pd.DataFrame:
     names = {group: [group] for group in line.layout.group_names} | {ALL_GROUPS: line.layout.group_names}
     moved = [dict.fromkeys(names[row.group], row.strength) for row in frame.itertuples()]
     truth = np.array([LinearPair(line, strengths, config.sigma_x).nats for strengths in moved])
-    return frame.assign(truth=truth, inside=(frame["mi_nats"] - truth).abs() <= 1.96 * frame["se"])
+    facts = zip(*(frame[name] for name in ("mi_nats", "se", "ceiling", "n", "estimator")))
+    low, high = np.array([MIEstimate(*row).interval() for row in facts]).T
+    return frame.assign(truth=truth, low=low, high=high, inside=(low <= truth) & (truth <= high))
 
 
 def ordered_pairs(

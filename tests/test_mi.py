@@ -404,4 +404,13 @@ def test_a_loss_that_explodes_is_reported():
 def test_estimates_say_what_they_are():
     estimate = MIEstimate(1.5, 0.1, math.log(64), 64, "infonce", 0.5)
     assert repr(estimate) == "1.500 +- 0.100 nats (infonce, n=64, ceiling 4.16, sigma_x=0.5)"
-    assert estimate.interval() == pytest.approx((1.304, 1.696)) and not estimate.saturated
+    assert estimate.interval() == pytest.approx((1.304, 1.696 - math.log(1 - math.exp(1.5) / 64))) and not estimate.saturated
+
+
+def test_an_interval_knows_what_the_ceiling_took():
+    "One that true density ratios of e^I give holds I at its upper end; at the ceiling nothing bounds the truth above."
+    nats, n = 3.0, 64
+    value = math.log(n) - math.log1p((n - 1) / math.exp(nats))
+    assert MIEstimate(value, 0.0, math.log(n), n, "infonce").interval() == pytest.approx((value, nats), abs=0.02)
+    assert MIEstimate(math.log(n), 0.1, math.log(n), n, "infonce").interval()[1] == math.inf
+    assert MIEstimate(3.0, 0.1, math.inf, n, "nwj").interval() == pytest.approx((2.804, 3.196))

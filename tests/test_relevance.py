@@ -237,7 +237,8 @@ def test_trials_know_the_truth_and_their_seed():
     pd.testing.assert_frame_equal(both[both.seed == 4].reset_index(drop=True), second)
     resampled = second.set_index("group").truth
     assert resampled["all groups"] == pytest.approx(0, abs=1e-6) and (resampled.drop("all groups") > 0.1).all()
-    assert (second.inside == ((second.mi_nats - second.truth).abs() <= 1.96 * second.se)).all()
+    assert (second.low == second.mi_nats - 1.96 * second.se).all() and (second.high > second.mi_nats + 1.96 * second.se).all()
+    assert (second.inside == second.truth.between(second.low, second.high)).all() and second.inside.nunique() == 2
 
 
 @pytest.mark.parametrize("hits, trials", [(95, 100), (0, 10), (10, 10)])
