@@ -210,6 +210,21 @@ rule sources:
         "{PAPERMILL} {input.nb} {log.nb} -y '{params.y}' > {log.txt} 2>&1"
 
 
+rule longer:
+    input:
+        nb=f"{NB}/E3b_longer.ipynb", code=code(*ENCODERS_CODE, "plot"), recipe=rules.impact.output.recipe,
+        short=f"{BUILD}/results/encoders.csv"
+    output:
+        results("longer.csv", "longer_table.csv"), picture("longer")
+    params:
+        y=lambda w: parameters("generator", "dataset", "images", "uniform_sigma", "encoder", "batch_size", "probe_images", "shares",
+                               "train", "seeds", objective=P.objectives[0], **only("E3b_longer"))
+    log:
+        nb=f"{BUILD}/notebooks/E3b_longer.ipynb", txt=f"{BUILD}/logs/E3b_longer.txt"
+    shell:
+        "{PAPERMILL} {input.nb} {log.nb} -y '{params.y}' > {log.txt} 2>&1"
+
+
 rule continuous:
     input:
         nb=f"{NB}/E4_continuous.ipynb", code=code("evaluate", "plot"),
@@ -242,7 +257,8 @@ rule publish:
     input:
         rules.generators.output, rules.impact.output, rules.views.output, rules.walkers.output, rules.calibration.output,
         rules.delta.output, rules.relevance.output, rules.stability.output, rules.sources.output, rules.continuous.output, rules.claims.output,
-        rules.rates.output if "E2b_rates" in P.parameters else []  # tuning is for studies
+        rules.rates.output if "E2b_rates" in P.parameters else [],  # tuning and length are for studies
+        rules.longer.output if "E3b_longer" in P.parameters else []
     output:
         f"{BUILD}/published.txt"
     params:

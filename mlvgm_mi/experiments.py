@@ -11,7 +11,7 @@ __all__ = ['MATERIAL_FILES', 'PAPER_SIGMAS', 'SOURCES', 'Run', 'Profile', 'load_
 import hashlib
 import json
 import shutil
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import singledispatch
 from pathlib import Path
 from typing import Any, Callable, Mapping, Sequence
@@ -378,6 +378,7 @@ class Study:
     batch_size: int  # anchors
     record: bool = True  # keep what is decoded, for runs that differ in augmentation or objective only
     shares: Mapping[str, float] = field(default_factory=dict)  # few-label probes, as in `judge`
+    decoded: int | None = None  # batches; longer training augments them anew; None: as many as there are steps
 
     def views(self, run: Run, materials: Materials, steps: int) -> ViewSource:
         "The batches of a run."
@@ -385,8 +386,10 @@ class Study:
         source = make_source(run.source, materials, run.t_x, **plan)
         if not (self.record and isinstance(source, ContinuousViews)):
             return source
-        folder = f"{run.source}-{run.seed}-{digest(self._drawn(run, materials))}"
-        return Recorded.of(source, self.build / "decoded" / folder)
+        folder = self.build / "decoded" / f"{run.source}-{run.seed}-{digest(self._drawn(run, materials))}"
+        if self.decoded is None or self.decoded >= steps:
+            return Recorded.of(source, folder)
+        return Recorded.of(replace(source, steps_per_epoch=self.decoded), folder, epochs=1)
 
     def _drawn(self, run: Run, materials: Materials) -> dict[str, Any]:
         return dict(source=run.source, materials=fingerprint(run.source, materials), batch_size=self.batch_size, seed=run.seed)
@@ -405,6 +408,7 @@ class Study:
         determines = self._drawn(run, materials) | dict(
             name=run.name, dataset=self.dataset, encoder=dict(self.encoder), train=dict(train), bytes=type(source).__name__,
             probe_images=[len(part) for part in (self.splits.train, self.splits.val, self.splits.test)], **self.shares)
+        determines |= {} if len(source) == config.steps else {"decoded": len(source)}
         folder = self.work(stem)
         compute = lambda: train_and_judge(run, source, self.splits, self.dataset, config, self.encoder, folder, self.shares)
         return cell(self.build / "cells" / f"{stem}.csv", determines, compute, also_in)

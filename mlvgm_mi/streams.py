@@ -205,18 +205,29 @@ class Prefetched(_Wrapper):
 # %% ../nbs/08b_streams.ipynb #3794bc79
 @dataclass(eq=False)
 class Recorded(ViewSource):
-    "The batches of `source`, rounded to bytes and kept in `folder`, one file each; whoever comes second reads."
+    """The batches of `source`, rounded to bytes and kept in `folder`, one file each; whoever comes second reads.
+
+    `ValueError` if not even one epoch is to be decoded.
+    """
     source: ViewSource
     folder: Path | str = field(kw_only=True)  # for this source, seed and batch size alone
+    epochs: int | None = field(default=None, kw_only=True)  # that are decoded; later ones augment these anew; None: all
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.epochs is not None and self.epochs < 1:
+            raise ValueError(f"epochs={self.epochs} must be at least 1; None decodes every epoch")
 
     @classmethod
-    def of(cls, source: ViewSource, folder: Path | str) -> "Recorded":
+    def of(cls, source: ViewSource, folder: Path | str, epochs: int | None = None) -> "Recorded":
         "With all settings of `source`."
         names = ("augment", "batch_size", "views", "seed", "rank", "world_size")
-        return cls(source, folder=folder, steps_per_epoch=len(source), **{name: getattr(source, name) for name in names})
+        settings = {name: getattr(source, name) for name in names}
+        return cls(source, folder=folder, epochs=epochs, steps_per_epoch=len(source), **settings)
 
     def draw(self, step: int, epoch: int) -> Tensor:
         "The views of a batch, read or drawn."
+        epoch = epoch if self.epochs is None else epoch % self.epochs
         path = Path(self.folder) / f"{self.place()[0]}-{epoch}-{step:06d}.npy"
         if not path.exists():
             drawn = (self.source.draw(step, epoch) * 255).round().to("cpu", torch.uint8)

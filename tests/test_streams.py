@@ -262,6 +262,16 @@ def test_who_comes_second_reads(tmp_path):
     assert flipped.shape == made[0].shape and not torch.equal(flipped, made[0])
 
 
+def test_later_epochs_augment_what_was_decoded_anew(tmp_path):
+    source = replace(continuous(), augment=AUGMENTATIONS["no_color"])
+    once, flat = Recorded.of(source, tmp_path, epochs=1), Recorded.of(continuous(), tmp_path, epochs=1)
+    first, later = ([stream.batch(2, epoch) for epoch in (0, 1)] for stream in (once, flat))
+    assert not torch.equal(*first) and torch.equal(*later) and len(list(tmp_path.iterdir())) == 1
+    assert not torch.equal(flat.batch(2, 0), Recorded.of(continuous(), tmp_path).batch(2, 1))
+    with pytest.raises(ValueError, match="epochs=0 must be at least 1"):
+        Recorded.of(source, tmp_path, epochs=0)
+
+
 def test_ranks_keep_files_of_their_own(tmp_path):
     batches = [Recorded.of(continuous(rank=rank, world_size=2), tmp_path).batch(0) for rank in (0, 1)]
     assert not torch.equal(*batches) and len(list(tmp_path.iterdir())) == 2
