@@ -130,11 +130,27 @@ def study(results: Path) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def longer(results: Path) -> pd.DataFrame:
+    "Linear probe by number of updates, and the nearest neighbours and the differences after the last of them."
+    table = pd.read_csv(results / "longer_table.csv")
+    last, rows = table.steps.max(), []
+    for (source, t_x), part in table.groupby(["source", "t_x"], sort=False):
+        linear, knn = (part[part.probe == probe].set_index("steps").sort_index() for probe in ("linear", "knn"))
+        row = {"views from": source, "t_x": t_x}
+        row |= {f"{steps:,} updates": percent(own, "accuracy", "low", "high") for steps, own in linear.iterrows()}
+        row[f"kNN, {last:,}"] = percent(knn.loc[last], "accuracy", "low", "high")
+        for title, against in {"real at its best t_x": "best_real", "uniform, same t_x": "uniform"}.items():
+            row[f"minus {title}, {last:,}"] = interval(linear.loc[last], f"minus_{against}", 100, 1)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
 def continuous(results: Path) -> pd.DataFrame:
     "Accuracy against the number of distinct anchors."
     table = pd.read_csv(results / "continuous_table.csv")
     table = table[table.probe == "linear"]
-    names = ["fresh at every step" if row.source == "guided" else f"{row.anchors:,} stored" for row in table.itertuples()]
+    kinds = {"guided": "fresh at every step", "fixed": "{:,} stored", "replayed": "{:,}, each with a fresh positive every time"}
+    names = [kinds[row.source.partition("-")[0]].format(row.anchors) for row in table.itertuples()]
     return pd.DataFrame({
         "anchors": names,
         "times each is seen": [f"{value:.1f}" for value in table.repeats],
@@ -142,7 +158,8 @@ def continuous(results: Path) -> pd.DataFrame:
     })
 
 
-TABLES = {table.__name__: table for table in (generators, impact, table1, coverage, claims, sources, study, continuous, speed)}
+TABLES = {table.__name__: table for table in (
+    generators, impact, table1, coverage, claims, sources, study, longer, continuous, speed)}
 
 
 def markdown(frame: pd.DataFrame) -> str:

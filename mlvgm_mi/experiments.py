@@ -83,6 +83,7 @@ class Profile:
     group_sigmas: dict[str, float] | None = None  # of the group-wise Gaussian; None: the paper's
     across: dict[str, dict[str, list[str]]] = field(default_factory=dict)  # more runs: objective -> source -> augmentations
     train_of: dict[str, dict[str, Any]] = field(default_factory=dict)  # objective -> what it changes in `train`
+    replays: list[int] = field(default_factory=list)  # times that each anchor is used, in the comparison with fixed sets
 
     @property
     def encoders(self) -> list[Run]:
@@ -97,8 +98,9 @@ class Profile:
 
     @property
     def fixed(self) -> list[Run]:
-        "The runs on fixed sets."
-        return [Run(f"fixed-{size}", self.objectives[0], self.fixed_t_x, seed) for size in self.fixed_sizes for seed in self.seeds]
+        "The runs on fixed sets, and those that replay their anchors."
+        sources = [f"fixed-{size}" for size in self.fixed_sizes] + [f"replayed-{times}" for times in self.replays]
+        return [Run(source, self.objectives[0], self.fixed_t_x, seed) for source in sources for seed in self.seeds]
 
     @property
     def continuous(self) -> list[Run]:
