@@ -1,4 +1,5 @@
 "Profiles, sources by name, cells and publishing."
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -11,7 +12,7 @@ from mlvgm_mi.contrastive import TrainConfig
 from mlvgm_mi.data import DATASETS, load_digits
 from mlvgm_mi.encoders import build_encoder
 from mlvgm_mi.experiments import (
-    MATERIAL_FILES, SOURCES, Materials, Run, cell, fingerprint, group_gaussian, load_profile, make_source, material_files,
+    MATERIAL_FILES, SOURCES, Materials, Run, Study, cell, fingerprint, group_gaussian, load_profile, make_source, material_files,
     publish, source_kind, sources_table, weights_digest, write_frame,
 )
 from mlvgm_mi.generators.core import LinearGaussian, load_generator
@@ -235,6 +236,24 @@ def test_cells_are_keyed_by_what_determines_them(tmp_path):
     assert len(calls) == 1 and (tmp_path / "new" / "c.csv").read_bytes() == content
     cell(tmp_path / "c.csv", {"a": 2}, compute)
     assert len(calls) == 2
+
+
+def test_what_is_decoded_once_is_part_of_the_key(materials, tmp_path, monkeypatch):
+    "Only where it changes the batches: not for real images, nor for training that is no longer than what was decoded."
+    monkeypatch.setattr("mlvgm_mi.experiments.cell", lambda path, determines, *rest: determines)
+    study = Study(tmp_path, "digits", load_digits(), {"width": 4}, batch_size=4)
+    once, train = replace(study, decoded=2), dict(steps=5, warmup=1)
+    real, guided = (Run(source, "simclr", "none", 0) for source in ("real", "guided"))
+    assert len(once.views(guided, materials, 5)) == 2 and len(once.views(real, materials, 5)) == 5
+    keys = [one.encoder_cell(guided, materials, train) for one in (study, once, replace(once, decoded=5))]
+    assert keys[0] == keys[2] and keys[1] == keys[0] | {"decoded": 2}
+    assert once.encoder_cell(real, materials, train) == study.encoder_cell(real, materials, train)
+
+
+def test_replays_are_compared_with_fixed_sets():
+    profile = load_profile(next(path for path in PROFILES if path.stem == "smoke"))
+    runs = replace(profile, fixed_sizes=[10, 20], replays=[4], seeds=[0, 1]).fixed
+    assert [run.source for run in runs] == ["fixed-10"] * 2 + ["fixed-20"] * 2 + ["replayed-4"] * 2
 
 
 def test_a_failing_cell_leaves_nothing(tmp_path):
