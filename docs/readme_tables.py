@@ -139,8 +139,9 @@ def longer(results: Path) -> pd.DataFrame:
         row = {"views from": source, "t_x": t_x}
         row |= {f"{steps:,} updates": percent(own, "accuracy", "low", "high") for steps, own in linear.iterrows()}
         row[f"kNN, {last:,}"] = percent(knn.loc[last], "accuracy", "low", "high")
-        for title, against in {"real at its best t_x": "best_real", "uniform, same t_x": "uniform"}.items():
-            row[f"minus {title}, {last:,}"] = interval(linear.loc[last], f"minus_{against}", 100, 1)
+        for name, own in {"linear": linear.loc[last], "kNN": knn.loc[last]}.items():
+            row[f"{name} minus real at its best t_x"] = interval(own, "minus_best_real", 100, 1)
+            row[f"{name} minus uniform"] = interval(own, "minus_uniform", 100, 1)
         rows.append(row)
     return pd.DataFrame(rows)
 
