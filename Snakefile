@@ -14,7 +14,7 @@ NB = "nbs/experiments"
 PAPERMILL = "OMP_NUM_THREADS=1 papermill --no-progress-bar -k python3 --cwd ."
 
 ENCODERS = [run.name for run in P.encoders]
-FIXED = [run.name for run in P.fixed + P.continuous]
+FIXED = [run.name for run in P.continuous]
 FAMILIES = [f"generators/{name}" for name in ("core", "stylegan2", "bigbigan", "nvae", "nvae_training")]
 ENGINE = ["mi", "perturb", "optics", "impact"]
 ENCODERS_CODE = ["perturb", "walkers", "views", "streams", "objectives", "methods", "encoders", "contrastive", "evaluate",

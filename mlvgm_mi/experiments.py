@@ -97,15 +97,10 @@ class Profile:
         return self.train | self.train_of.get(run.objective, {})
 
     @property
-    def fixed(self) -> list[Run]:
-        "The runs on fixed sets, and those that replay their anchors."
-        sources = [f"fixed-{size}" for size in self.fixed_sizes] + [f"replayed-{times}" for times in self.replays]
-        return [Run(source, self.objectives[0], self.fixed_t_x, seed) for source in sources for seed in self.seeds]
-
-    @property
     def continuous(self) -> list[Run]:
-        "The runs with continuous sampling that those on fixed sets are compared with."
-        return [Run("guided", self.objectives[0], self.fixed_t_x, seed) for seed in self.seeds]
+        "The runs that compare continuous sampling with fixed sets and with replays."
+        sources = [f"fixed-{size}" for size in self.fixed_sizes] + [f"replayed-{times}" for times in self.replays] + ["guided"]
+        return [Run(source, self.objectives[0], self.fixed_t_x, seed) for source in sources for seed in self.seeds]
 
 # %% ../nbs/10a_experiments.ipynb #78a673d6
 def load_profile(path: str | Path) -> Profile:

@@ -44,7 +44,7 @@ def materials():
 def test_profiles_that_ship(path):
     profile = load_profile(path)
     assert profile.name == path.stem
-    names = [run.name for run in profile.encoders + profile.fixed + profile.continuous]
+    names = [run.name for run in profile.encoders + profile.continuous]
     assert [Run.parse(name).name for name in names] == names
     assert len(set(profile.seeds)) == len(profile.seeds) >= 2
     assert profile.dataset in DATASETS and set(profile.images) <= {"folder", "size", "channels"}
@@ -252,8 +252,8 @@ def test_what_is_decoded_once_is_part_of_the_key(materials, tmp_path, monkeypatc
 
 def test_replays_are_compared_with_fixed_sets():
     profile = load_profile(next(path for path in PROFILES if path.stem == "smoke"))
-    runs = replace(profile, fixed_sizes=[10, 20], replays=[4], seeds=[0, 1]).fixed
-    assert [run.source for run in runs] == ["fixed-10"] * 2 + ["fixed-20"] * 2 + ["replayed-4"] * 2
+    runs = replace(profile, fixed_sizes=[10, 20], replays=[4], seeds=[0, 1]).continuous
+    assert [run.source for run in runs] == ["fixed-10"] * 2 + ["fixed-20"] * 2 + ["replayed-4"] * 2 + ["guided"] * 2
 
 
 def test_a_failing_cell_leaves_nothing(tmp_path):
