@@ -14,7 +14,7 @@ NB = "nbs/experiments"
 PAPERMILL = "OMP_NUM_THREADS=1 papermill --no-progress-bar -k python3 --cwd ."
 
 ENCODERS = [run.name for run in P.encoders]
-FIXED = [run.name for run in P.continuous]
+CONTINUOUS = [run.name for run in P.continuous]
 FAMILIES = [f"generators/{name}" for name in ("core", "stylegan2", "bigbigan", "nvae", "nvae_training")]
 ENGINE = ["mi", "perturb", "optics", "impact"]
 ENCODERS_CODE = ["perturb", "walkers", "views", "streams", "objectives", "methods", "encoders", "contrastive", "evaluate",
@@ -228,11 +228,11 @@ rule longer:
 rule continuous:
     input:
         nb=f"{NB}/E4_continuous.ipynb", code=code("evaluate", "plot"),
-        cells=[f"{BUILD}/cells/{name}.csv" for name in FIXED]
+        cells=[f"{BUILD}/cells/{name}.csv" for name in CONTINUOUS]
     output:
         f"{BUILD}/results/continuous.csv", f"{BUILD}/results/continuous_table.csv", picture("continuous")
     params:
-        y=lambda w: parameters("fixed_sizes", "train", "batch_size", cells=FIXED)
+        y=lambda w: parameters("fixed_sizes", "train", "batch_size", cells=CONTINUOUS)
     log:
         nb=f"{BUILD}/notebooks/E4_continuous.ipynb", txt=f"{BUILD}/logs/E4_continuous.txt"
     shell:
