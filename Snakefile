@@ -210,15 +210,30 @@ rule sources:
         "{PAPERMILL} {input.nb} {log.nb} -y '{params.y}' > {log.txt} 2>&1"
 
 
+rule choice:
+    input:
+        nb=f"{NB}/E2c_choice.ipynb", code=code(*ENCODERS_CODE, "plot"), recipes=rules.impact.output.recipes
+    output:
+        results("choice.csv"), picture("choice")
+    params:
+        y=lambda w: parameters("generator", "dataset", "images", "encoder", "batch_size", "probe_images", "budget",
+                               objective=P.objectives[0], **{"train": P.train} | only("E2c_choice"))
+    log:
+        nb=f"{BUILD}/notebooks/E2c_choice.ipynb", txt=f"{BUILD}/logs/E2c_choice.txt"
+    priority:
+        6
+    shell:
+        "{PAPERMILL} {input.nb} {log.nb} -y '{params.y}' > {log.txt} 2>&1"
+
+
 rule longer:
     input:
-        nb=f"{NB}/E3b_longer.ipynb", code=code(*ENCODERS_CODE, "plot"), recipe=rules.impact.output.recipe,
-        short=f"{BUILD}/results/encoders.csv"
+        nb=f"{NB}/E3b_longer.ipynb", code=code(*ENCODERS_CODE, "plot"), recipes=rules.impact.output.recipes
     output:
         results("longer.csv", "longer_table.csv"), picture("longer")
     params:
-        y=lambda w: parameters("generator", "dataset", "images", "uniform_sigma", "encoder", "batch_size", "probe_images", "shares",
-                               "train", "seeds", objective=P.objectives[0], **only("E3b_longer"))
+        y=lambda w: parameters("generator", "dataset", "images", "encoder", "batch_size", "probe_images", "shares", "budget", "seeds",
+                               objective=P.objectives[0], **{"train": P.train} | only("E3b_longer"))
     log:
         nb=f"{BUILD}/notebooks/E3b_longer.ipynb", txt=f"{BUILD}/logs/E3b_longer.txt"
     shell:
@@ -258,6 +273,7 @@ rule publish:
         rules.generators.output, rules.impact.output, rules.views.output, rules.walkers.output, rules.calibration.output,
         rules.delta.output, rules.relevance.output, rules.stability.output, rules.sources.output, rules.continuous.output, rules.claims.output,
         rules.rates.output if "E2b_rates" in P.parameters else [],  # tuning and length are for studies
+        rules.choice.output if "E2c_choice" in P.parameters else [],
         rules.longer.output if "E3b_longer" in P.parameters else []
     output:
         f"{BUILD}/published.txt"

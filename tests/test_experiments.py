@@ -2,6 +2,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -200,7 +201,9 @@ def rows(source, t_x, accuracies, split="test", objective="simclr"):
 def test_the_table_compares_like_with_like():
     frame = pd.DataFrame([
         *rows("real", "none", [0.5, 0.6, 0.7]), *rows("real", "none", [0.5, 0.5, 0.5], "val"),
-        *rows("real", "simclr", [0.6, 0.6, 0.6]), *rows("real", "simclr", [0.9, 0.9, 0.9], "val"),
+        *rows("real", "simclr", [0.5, 0.5, 0.5]), *rows("real", "simclr", [0.9, 0.9, 0.9], "val"),
+        *rows("uniform", "simclr", [0.2, 0.2, 0.2]), *rows("uniform", "simclr", [0.9, 0.9, 0.9], "val"),
+        *rows("uniform", "no_crop", [0.9, 0.9, 0.9]), *rows("uniform", "no_crop", [0.2, 0.2, 0.2], "val"),
         *rows("guided", "none", [0.6, 0.7, 0.9]), *rows("guided", "none", [0.1, 0.1, 0.1], "val"),
         *rows("guided", "none", [0.3, 0.3, 0.3], objective="byol"),
     ])
@@ -210,9 +213,12 @@ def test_the_table_compares_like_with_like():
     half = 4.302653 * 0.057735 / 3**0.5  # Student's t for two degrees of freedom, standard deviation of 0.1, 0.1, 0.2
     assert guided.minus_real == pytest.approx(0.4 / 3)
     assert (guided.minus_real_low, guided.minus_real_high) == pytest.approx((0.4 / 3 - half, 0.4 / 3 + half), abs=1e-5)
-    assert guided.minus_best_real == pytest.approx(0.4 / 3)  # real with simclr: best on validation, not on test
+    assert guided.minus_best_real == pytest.approx(0.7 / 3)  # real with simclr: best on validation, not on test
+    assert guided.minus_best_uniform == pytest.approx(1.6 / 3) and np.isnan(guided.minus_uniform)
     assert table.loc["simclr", "none", "real"].isna()[["minus_real", "minus_uniform"]].all()
-    assert table.loc["byol", "none", "guided"].isna()[["minus_real", "minus_uniform", "minus_best_real"]].all()
+    assert np.isnan(table.loc["simclr", "simclr", "real"].minus_best_real)
+    alone = table.loc["byol", "none", "guided"]
+    assert alone[["minus_real", "minus_uniform", "minus_best_real", "minus_best_uniform"]].isna().all()
 
 
 def test_other_seeds_are_not_compared():
