@@ -5,7 +5,7 @@
 import json
 from dataclasses import asdict
 
-from mlvgm_mi.experiments import Run, load_profile, material_files
+from mlvgm_mi.experiments import Run, load_profile, material_files, recipe_file
 
 P = load_profile(f"nbs/experiments/profiles/{config.get('profile', 'quick')}.yaml")
 ALL = asdict(P)
@@ -44,6 +44,12 @@ def results(*names):
     return [f"{BUILD}/results/{name}" for name in names]
 
 
+def budgets(generator):
+    "The nats of the recipes that E1 writes for a generator."
+    own = only("E1_impact")
+    return {own.get("budgets", {}).get(generator, P.budget), *own.get("other_budgets", [])}
+
+
 rule all:
     input:
         f"{BUILD}/published.txt"
@@ -69,7 +75,7 @@ rule impact:
         nb=f"{NB}/E1_impact.ipynb", code=code(*ENGINE, "plot")
     output:
         results("impact.csv", "impact_table.csv", "budget.csv", "recipes.csv"), recipe=f"{BUILD}/results/recipe.yaml",
-        recipes=[f"{BUILD}/results/recipe-{name}.yaml" for name in P.generators], pictures=picture("impact") + picture("budget")
+        recipes=[f"{BUILD}/results/{recipe_file(name, nats)}" for name in P.generators for nats in budgets(name)], pictures=picture("impact") + picture("budget")
     params:
         y=lambda w: parameters("generator", "generators", "impact", "impact_seeds", "budget", **only("E1_impact"))
     log:
@@ -166,7 +172,7 @@ rule walkers:
 
 rule rates:
     input:
-        nb=f"{NB}/E2b_rates.ipynb", code=code(*ENCODERS_CODE, "plot"), recipe=rules.impact.output.recipe
+        nb=f"{NB}/E2b_rates.ipynb", code=code(*ENCODERS_CODE, "plot"), recipes=rules.impact.output.recipes
     output:
         results("rates.csv"), picture("rates")
     params:
@@ -216,8 +222,9 @@ rule choice:
     output:
         results("choice.csv"), picture("choice")
     params:
-        y=lambda w: parameters("generator", "dataset", "images", "encoder", "batch_size", "probe_images", "budget",
-                               objective=P.objectives[0], **{"train": P.train} | only("E2c_choice"))
+        y=lambda w: parameters("generator", "dataset", "images", "encoder", "batch_size", "probe_images", "train",
+                               objective=P.objectives[0], longer=only("E3b_longer").get("rows", {}).get(P.objectives[0], []),
+                               **only("E2c_choice"))
     log:
         nb=f"{BUILD}/notebooks/E2c_choice.ipynb", txt=f"{BUILD}/logs/E2c_choice.txt"
     priority:
@@ -230,10 +237,10 @@ rule longer:
     input:
         nb=f"{NB}/E3b_longer.ipynb", code=code(*ENCODERS_CODE, "plot"), recipes=rules.impact.output.recipes
     output:
-        results("longer.csv", "longer_table.csv"), picture("longer")
+        results("longer.csv", "longer_table.csv", "longer_doubling.csv"), picture("longer")
     params:
-        y=lambda w: parameters("generator", "dataset", "images", "encoder", "batch_size", "probe_images", "shares", "budget", "seeds",
-                               objective=P.objectives[0], **{"train": P.train} | only("E3b_longer"))
+        y=lambda w: parameters("dataset", "images", "encoder", "batch_size", "probe_images", "shares", "seeds", "train", "train_of",
+                               **only("E3b_longer"))
     log:
         nb=f"{BUILD}/notebooks/E3b_longer.ipynb", txt=f"{BUILD}/logs/E3b_longer.txt"
     shell:

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['MATERIAL_FILES', 'PAPER_SIGMAS', 'SOURCES', 'Run', 'Profile', 'load_profile', 'lengthened', 'Materials',
-           'group_gaussian', 'Kind', 'source_kind', 'material_files', 'make_source', 'digest', 'weights_digest',
-           'fingerprint', 'cell', 'write_frame', 'train_and_judge', 'Study', 'sources_table', 'publish']
+           'group_gaussian', 'Kind', 'source_kind', 'material_files', 'make_source', 'recipe_file', 'at_strength',
+           'digest', 'weights_digest', 'fingerprint', 'cell', 'write_frame', 'train_and_judge', 'Study',
+           'sources_table', 'publish']
 
 # %% ../nbs/10a_experiments.ipynb #6efcd76e
 import hashlib
@@ -159,14 +160,10 @@ class Materials:
         return ContinuousViews(generator=self.generator, perturb=perturb, **plan)
 
 # %% ../nbs/10a_experiments.ipynb #b38d3ccb
-def _read_recipe(path: str | Path, layout: Layout) -> Recipe:
-    return Recipe.from_yaml(path)
-
-
 _TEACH = "teach some with `delta.fit_walkers`, keep them with `walkers.save_walkers`, and pass them or their file"
 
 MATERIAL_FILES: dict[str, tuple[str, Callable[[str | Path, Layout], Any], str]] = {  # material -> file, reader, how to get it
-    "recipe": ("recipe.yaml", _read_recipe, "pass what `mlvgm-mi impact` writes or `impact.meet_budget` gives"),
+    "recipe": ("recipe.yaml", lambda path, _: Recipe.from_yaml(path), "pass one of `mlvgm-mi impact` or `impact.meet_budget`"),
     "walkers": ("walkers.safetensors", load_walkers, _TEACH),
     "walker_all": ("walker_all.safetensors", load_walkers, _TEACH),
 }
@@ -285,6 +282,24 @@ def make_source(
         raise KeyError(f"t_x={t_x!r} is unknown; choose one of {', '.join(AUGMENTATIONS)}")
     kind, number = source_kind(name)
     return kind.build(materials, *number, augment=AUGMENTATIONS[t_x], **plan)
+
+# %% ../nbs/10a_experiments.ipynb #5a7e0001
+def recipe_file(generator: str, nats: float) -> str:
+    "The name, among the results of E1, of a generator's recipe that keeps so many nats."
+    return f"recipe-{generator}-{nats:g}.yaml"
+
+
+def at_strength(source: str, strength: float | None, generator: str, results: str | Path) -> dict[str, Any]:
+    """The fields of `Materials` that give a source its strength: nats kept by `guided` views, sigma of `uniform` steps, or None.
+
+    `results` is the folder of E1's recipes, `generator` a name in the registry. `ValueError` if the source has no strength.
+    """
+    if strength is None:
+        return {}
+    named = {"guided": ("recipe", Path(results) / recipe_file(generator, strength)), "uniform": ("uniform_sigma", strength)}
+    if source not in named:
+        raise ValueError(f"{source=} has no strength, but {strength=}; give None, or choose one of {', '.join(named)}")
+    return dict([named[source]])
 
 # %% ../nbs/10a_experiments.ipynb #9ffa6513
 def digest(content: Any) -> str:
@@ -469,8 +484,7 @@ def publish(
     build, root = Path(build), Path(root)
     results = root / "results" / profile
     places = {"results": results, "figures": root / "figures" / profile, "notebooks": results / "notebooks"}
-    if keep_cells:
-        places["cells"] = results / "cells"
+    places |= {"cells": results / "cells"} if keep_cells else {}
     copied = []
     for part, target in places.items():
         for source in sorted(path for path in (build / part).rglob("*") if path.is_file()):

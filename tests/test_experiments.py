@@ -13,8 +13,8 @@ from mlvgm_mi.contrastive import TrainConfig
 from mlvgm_mi.data import DATASETS, load_digits
 from mlvgm_mi.encoders import build_encoder
 from mlvgm_mi.experiments import (
-    MATERIAL_FILES, SOURCES, Materials, Run, Study, cell, fingerprint, group_gaussian, load_profile, make_source, material_files,
-    publish, source_kind, sources_table, weights_digest, write_frame,
+    MATERIAL_FILES, SOURCES, Materials, Run, Study, at_strength, cell, fingerprint, group_gaussian, load_profile, make_source,
+    material_files, publish, recipe_file, source_kind, sources_table, weights_digest, write_frame,
 )
 from mlvgm_mi.generators.core import LinearGaussian, load_generator
 from mlvgm_mi.latents import rng_for
@@ -138,6 +138,17 @@ def drawn(materials, name):
     layout = materials.generator.layout
     changed = {group.name for group in layout.groups if positive[group.start] is not anchor[group.start]}
     return changed, len({id(z) for z in positive})
+
+
+def test_a_strength_becomes_a_material(tmp_path):
+    RECIPE.to_yaml(tmp_path / recipe_file("fashion-stylegan2", 3.0))
+    assert recipe_file("fashion-stylegan2", 3.0) == "recipe-fashion-stylegan2-3.yaml"
+    of = lambda source, strength: at_strength(source, strength, "fashion-stylegan2", tmp_path)
+    assert Recipe.from_yaml(of("guided", 3.0)["recipe"]).strengths == RECIPE.strengths
+    assert of("uniform", 0.5) == {"uniform_sigma": 0.5} and of("real", None) == of("guided", None) == {}
+    for source in ("real", "walker-all"):
+        with pytest.raises(ValueError, match="no strength.*guided, uniform"):
+            of(source, 1.0)
 
 
 def test_sources_move_the_groups_they_say(materials):
