@@ -177,7 +177,7 @@ rule rates:
         results("rates.csv"), picture("rates")
     params:
         y=lambda w: parameters("generator", "dataset", "images", "encoder", "batch_size", "probe_images", "train", "train_of",
-                               "budget", "uniform_sigma", main_t_x=P.fixed_t_x, **only("E2b_rates"))
+                               "budget", "uniform_sigma", main_t_x=P.fixed_t_x, study_rates=P.rates, **only("E2b_rates"))
     log:
         nb=f"{BUILD}/notebooks/E2b_rates.ipynb", txt=f"{BUILD}/logs/E2b_rates.txt"
     priority:
@@ -195,7 +195,8 @@ rule encoder:
         f"{BUILD}/cells/{{name}}.csv"
     params:
         y=lambda w: parameters("generator", "dataset", "images", "uniform_sigma", "group_sigmas", "encoder", "batch_size",
-                                   "probe_images", "shares", name=w.name, profile=P.name, train=P.train_for(Run.parse(w.name)))
+                               "probe_images", "shares", name=w.name, profile=P.name,
+                               train=P.train_for(Run.parse(w.name)), rates=P.rates.get(Run.parse(w.name).objective, []))
     log:
         nb=f"{BUILD}/runs/{{name}}.ipynb", txt=f"{BUILD}/logs/{{name}}.txt"
     shell:

@@ -110,6 +110,9 @@ CASES = {  # benchmark -> what is timed, and what it is compared with
 def speed(results: Path) -> pd.DataFrame:
     "Benchmarks, a row each: the ratio with its interval, or the least and the greatest over the settings that were timed."
     table = pd.read_csv(results.parent / "bench" / "speed.csv")
+    unnamed = sorted(set(table.case) - set(CASES) - set(table.case[table.case.str.startswith("objective-")]))
+    if unnamed:
+        raise ValueError(f"CASES does not say what {', '.join(unnamed)} of {results.parent / 'bench' / 'speed.csv'} time")
     rows = []
     for case, (what, against) in CASES.items():
         own = table[table.case == case]
@@ -176,18 +179,39 @@ def augmentations(results: Path) -> pd.DataFrame:
 
 
 def longer(results: Path) -> pd.DataFrame:
-    "Linear probe by number of updates; nearest neighbours and differences where a row ends."
+    "Linear probe by number of updates, and nearest neighbours where a row ends."
     table = pd.read_csv(results / "longer_table.csv")
     rows = []
-    for (generator, source, t_x), part in table.groupby(["generator", "source", "t_x"], sort=False):
+    for (objective, generator, source, t_x), part in table.groupby(["objective", "generator", "source", "t_x"], sort=False):
         linear, knn = (part[part.probe == probe].set_index("steps").sort_index() for probe in ("linear", "knn"))
-        row = {"views from": source if source == "real" else f"{source}, {generator}", "t_x": t_x}
+        row = {"objective": objective, "views from": source if source == "real" else f"{source}, {generator}", "t_x": t_x}
         row |= {f"{steps:,} updates": percent(own, "accuracy", "low", "high") for steps, own in linear.iterrows()}
-        row["kNN, at the end"] = percent(knn.iloc[-1], "accuracy", "low", "high")
-        for name, own in {"linear": linear.iloc[-1], "kNN": knn.iloc[-1]}.items():
-            row |= {f"{name} minus {other}": interval(own, f"minus_best_{other}", 100, 1) for other in ("real", "uniform")}
-        rows.append(row)
+        rows.append(row | {"kNN, at the end": percent(knn.iloc[-1], "accuracy", "low", "high")})
     return pd.DataFrame(rows).fillna("")
+
+
+def longer_gains(results: Path) -> pd.DataFrame:
+    "What guided views gain over real and uniform ones, each under what suits it best, by number of updates."
+    table = pd.read_csv(results / "longer_table.csv").query("source == 'guided' and probe in ['linear', 'knn']")
+    rows = []
+    for key, part in table.groupby(["objective", "generator", "t_x", "steps"], sort=False):
+        row = dict(zip(["objective", "generator", "t_x", "updates"], [*key[:3], f"{key[3]:,}"]))
+        for other in ("real", "uniform"):
+            row |= {f"{own.probe}, minus {other}": interval(own, f"minus_best_{other}", 100, 1) for _, own in part.iterrows()}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def doubling(results: Path) -> pd.DataFrame:
+    "What twice the updates bring at the end of every row, in points of the linear probe."
+    table, rows = pd.read_csv(results / "longer_doubling.csv"), []
+    for _, part in table.groupby(["objective", "generator", "source", "t_x"], sort=False):
+        row = part.iloc[0]
+        rows.append({
+            "objective": row.objective, "views from": row.source if row.source == "real" else f"{row.source}, {row.generator}",
+            "t_x": row.t_x, "updates": f"{row.start:,} to {row.end:,}",
+        } | {f"points on {own.split} images": f"{own.points:+.2f} [{own.low:+.2f}, {own.high:+.2f}]" for own in part.itertuples()})
+    return pd.DataFrame(rows)
 
 
 def continuous(results: Path) -> pd.DataFrame:
@@ -204,7 +228,8 @@ def continuous(results: Path) -> pd.DataFrame:
 
 
 TABLES = {table.__name__: table for table in (
-    generators, impact, table1, coverage, claims, sources, objectives, gains, augmentations, longer, continuous, speed)}
+    generators, impact, table1, coverage, claims, sources, objectives, gains, augmentations, longer, longer_gains, doubling,
+    continuous, speed)}
 
 
 def markdown(frame: pd.DataFrame) -> str:

@@ -84,6 +84,7 @@ class Profile:
     group_sigmas: dict[str, float] | None = None  # of the group-wise Gaussian; None: the paper's
     across: dict[str, dict[str, list[str]]] = field(default_factory=dict)  # more runs: objective -> source -> augmentations
     train_of: dict[str, dict[str, Any]] = field(default_factory=dict)  # objective -> what it changes in `train`
+    rates: dict[str, list[float]] = field(default_factory=dict)  # objective -> learning rates, if an encoder may choose one
     replays: list[int] = field(default_factory=list)  # times that each anchor is used, in the comparison with fixed sets
 
     @property
@@ -481,9 +482,8 @@ def publish(
     keep_cells: bool = False,
 ) -> list[Path]:
     "Copies what was built to `results/<profile>` and `figures/<profile>`; returns the files."
-    build, root = Path(build), Path(root)
-    results = root / "results" / profile
-    places = {"results": results, "figures": root / "figures" / profile, "notebooks": results / "notebooks"}
+    build, results = Path(build), Path(root) / "results" / profile
+    places = {"results": results, "figures": Path(root) / "figures" / profile, "notebooks": results / "notebooks"}
     places |= {"cells": results / "cells"} if keep_cells else {}
     copied = []
     for part, target in places.items():

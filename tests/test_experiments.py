@@ -53,6 +53,8 @@ def test_profiles_that_ship(path):
     for run in profile.encoders:
         assert run.objective in OBJECTIVES and run.t_x in AUGMENTATIONS and source_kind(run.source)
         assert TrainConfig(**profile.train_for(run)).steps == profile.train["steps"]
+    assert {*profile.train_of, *profile.rates} <= {run.objective for run in profile.encoders}
+    assert all(len(rates) > 1 and min(rates) > 0 for rates in profile.rates.values())
 
 
 def test_quick_and_full_have_three_seeds():
