@@ -210,7 +210,10 @@ def doubling(results: Path) -> pd.DataFrame:
         rows.append({
             "objective": row.objective, "views from": row.source if row.source == "real" else f"{row.source}, {row.generator}",
             "t_x": row.t_x, "updates": f"{row.start:,} to {row.end:,}",
-        } | {f"points on {own.split} images": f"{own.points:+.2f} [{own.low:+.2f}, {own.high:+.2f}]" for own in part.itertuples()})
+        })
+        for own in part.itertuples():
+            images = {"val": "validation"}.get(own.split, own.split)
+            rows[-1][f"points on {images} images"] = f"{own.points:+.2f} [{own.low:+.2f}, {own.high:+.2f}]"
     return pd.DataFrame(rows)
 
 
