@@ -75,7 +75,8 @@ rule impact:
         nb=f"{NB}/E1_impact.ipynb", code=code(*ENGINE, "plot")
     output:
         results("impact.csv", "impact_table.csv", "budget.csv", "recipes.csv"), recipe=f"{BUILD}/results/recipe.yaml",
-        recipes=[f"{BUILD}/results/{recipe_file(name, nats)}" for name in P.generators for nats in budgets(name)], pictures=picture("impact") + picture("budget")
+        recipes=[f"{BUILD}/results/{recipe_file(name, nats)}" for name in P.generators for nats in budgets(name)],
+        pictures=picture("impact") + picture("budget")
     params:
         y=lambda w: parameters("generator", "generators", "impact", "impact_seeds", "budget", **only("E1_impact"))
     log:
