@@ -354,7 +354,7 @@ def _holds(path: Path, key: str) -> bool:
     "Whether `path` is a finished cell with this key."
     if not path.exists():
         return False
-    frame = pd.read_csv(path)
+    frame = pd.read_csv(path, dtype={"key": str})  # a key of digits alone is no number
     return len(frame) > 0 and "key" in frame and bool((frame["key"] == key).all())
 
 

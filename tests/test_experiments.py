@@ -13,8 +13,9 @@ from mlvgm_mi.contrastive import TrainConfig
 from mlvgm_mi.data import DATASETS, load_digits
 from mlvgm_mi.encoders import build_encoder
 from mlvgm_mi.experiments import (
-    MATERIAL_FILES, SOURCES, Materials, Run, Study, at_strength, cell, fingerprint, group_gaussian, load_profile, make_source,
-    material_files, publish, recipe_file, source_kind, sources_table, weights_digest, write_frame,
+    MATERIAL_FILES, SOURCES, Materials, Run, Study, at_strength, cell, digest, fingerprint, group_gaussian,
+    load_profile, make_source, material_files, publish, recipe_file, source_kind, sources_table, weights_digest,
+    write_frame,
 )
 from mlvgm_mi.generators.core import LinearGaussian, load_generator
 from mlvgm_mi.latents import rng_for
@@ -255,6 +256,13 @@ def test_cells_are_keyed_by_what_determines_them(tmp_path):
     assert len(calls) == 1 and (tmp_path / "new" / "c.csv").read_bytes() == content
     cell(tmp_path / "c.csv", {"a": 2}, compute)
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("looks", [str.isdigit, lambda key: key.replace("e", "", 1).isdigit() and "e" in key[1:-1]])
+def test_a_key_that_looks_like_a_number_is_found_again(tmp_path, looks):
+    determines = next(number for number in range(100_000) if looks(digest(number)))
+    made = cell(tmp_path / "one.csv", determines, lambda: pd.DataFrame({"value": [1.0]}))
+    pd.testing.assert_frame_equal(cell(tmp_path / "one.csv", determines, lambda: pytest.fail("computed again")), made)
 
 
 def test_what_is_decoded_once_is_part_of_the_key(materials, tmp_path, monkeypatch):
