@@ -178,13 +178,17 @@ def augmentations(results: Path) -> pd.DataFrame:
     return wide.rename_axis("views from").reset_index()
 
 
+def _views_from(source: str, generator: str) -> str:
+    return source if source == "real" else f"{source}, {generator}"
+
+
 def longer(results: Path) -> pd.DataFrame:
     "Linear probe by number of updates, and nearest neighbours where a row ends."
     table = pd.read_csv(results / "longer_table.csv")
     rows = []
     for (objective, generator, source, t_x), part in table.groupby(["objective", "generator", "source", "t_x"], sort=False):
         linear, knn = (part[part.probe == probe].set_index("steps").sort_index() for probe in ("linear", "knn"))
-        row = {"objective": objective, "views from": source if source == "real" else f"{source}, {generator}", "t_x": t_x}
+        row = {"objective": objective, "views from": _views_from(source, generator), "t_x": t_x}
         row |= {f"{steps:,} updates": percent(own, "accuracy", "low", "high") for steps, own in linear.iterrows()}
         rows.append(row | {"kNN, at the end": percent(knn.iloc[-1], "accuracy", "low", "high")})
     return pd.DataFrame(rows).fillna("")
@@ -208,7 +212,7 @@ def doubling(results: Path) -> pd.DataFrame:
     for _, part in table.groupby(["objective", "generator", "source", "t_x"], sort=False):
         row = part.iloc[0]
         rows.append({
-            "objective": row.objective, "views from": row.source if row.source == "real" else f"{row.source}, {row.generator}",
+            "objective": row.objective, "views from": _views_from(row.source, row.generator),
             "t_x": row.t_x, "updates": f"{row.start:,} to {row.end:,}",
         })
         for own in part.itertuples():
