@@ -23,7 +23,7 @@ ENCODERS_CODE = ["perturb", "walkers", "views", "streams", "objectives", "method
 
 def code(*modules):
     "The modules whose change makes a result stale."
-    return [f"mlvgm_mi/{name}.py" for name in ("latents", "checkpoints", "data", *FAMILIES, *modules)]
+    return [f"mlvgm_mi/{name}.py" for name in ("latents", "checkpoints", "cells", "data", *FAMILIES, *modules)]
 
 
 def picture(name):

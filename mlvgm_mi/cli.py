@@ -15,11 +15,12 @@ from typing import Annotated, Callable, Mapping, TypeVar
 
 import typer
 
+from .cells import write_frame
 from .contrastive import OBJECTIVES, Contrastive, fit, load_encoder, save_encoder, small_resnet
 from .data import DATASETS, DataUnavailableError, Splits, load_dataset
 from .datasets import OPENERS
 from .evaluate import SHARES, judge
-from .experiments import SOURCES, Materials, make_source, write_frame
+from .experiments import SOURCES, Materials, make_source
 from .generators.core import GENERATORS, load_generator
 from .impact import ImpactConfig, curves, fit_impact, impact_table, meet_budget
 from .latents import rng_for

@@ -1,4 +1,4 @@
-"Profiles, sources by name, cells and publishing."
+"Profiles, sources by name, studies and publishing."
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,13 +9,13 @@ import torch
 import yaml
 
 import mlvgm_mi.datasets  # noqa: F401 (adds the paper's sets to DATASETS)
+from mlvgm_mi.cells import write_frame
 from mlvgm_mi.contrastive import TrainConfig
 from mlvgm_mi.data import DATASETS, load_digits
 from mlvgm_mi.encoders import build_encoder
 from mlvgm_mi.experiments import (
-    MATERIAL_FILES, SOURCES, Materials, Run, Study, at_strength, cell, digest, fingerprint, group_gaussian,
-    load_profile, make_source, material_files, publish, recipe_file, source_kind, sources_table, weights_digest,
-    write_frame,
+    MATERIAL_FILES, SOURCES, Materials, Run, Study, at_rates, at_strength, best_on_validation, fingerprint,
+    group_gaussian, load_profile, make_source, material_files, publish, recipe_file, source_kind, sources_table,
 )
 from mlvgm_mi.generators.core import LinearGaussian, load_generator
 from mlvgm_mi.latents import rng_for
@@ -241,30 +241,6 @@ def test_other_seeds_are_not_compared():
         sources_table(frame)
 
 
-def test_cells_are_keyed_by_what_determines_them(tmp_path):
-    calls = []
-
-    def compute():
-        calls.append(1)
-        return pd.DataFrame({"value": [0.1 + 0.2], "n": [1]})
-
-    first = cell(tmp_path / "c.csv", {"a": 1}, compute)
-    content = (tmp_path / "c.csv").read_bytes()
-    pd.testing.assert_frame_equal(cell(tmp_path / "c.csv", {"a": 1}, compute), first)
-    assert len(calls) == 1 and (tmp_path / "c.csv").read_bytes() == content
-    cell(tmp_path / "new" / "c.csv", {"a": 1}, compute, also_in=[tmp_path])
-    assert len(calls) == 1 and (tmp_path / "new" / "c.csv").read_bytes() == content
-    cell(tmp_path / "c.csv", {"a": 2}, compute)
-    assert len(calls) == 2
-
-
-@pytest.mark.parametrize("looks", [str.isdigit, lambda key: key.replace("e", "", 1).isdigit() and "e" in key[1:-1]])
-def test_a_key_that_looks_like_a_number_is_found_again(tmp_path, looks):
-    determines = next(number for number in range(100_000) if looks(digest(number)))
-    made = cell(tmp_path / "one.csv", determines, lambda: pd.DataFrame({"value": [1.0]}))
-    pd.testing.assert_frame_equal(cell(tmp_path / "one.csv", determines, lambda: pytest.fail("computed again")), made)
-
-
 def test_what_is_decoded_once_is_part_of_the_key(materials, tmp_path, monkeypatch):
     "Only where it changes the batches: not for real images, nor for training that is no longer than what was decoded."
     monkeypatch.setattr("mlvgm_mi.experiments.cell", lambda path, determines, *rest: determines)
@@ -277,19 +253,38 @@ def test_what_is_decoded_once_is_part_of_the_key(materials, tmp_path, monkeypatc
     assert once.encoder_cell(real, materials, train) == study.encoder_cell(real, materials, train)
 
 
+def trial(lr, val, test):
+    "A frame as `at_rates` makes it."
+    accuracies = {("linear", "val"): val, ("linear", "test"): test, ("knn", "val"): 1 - val}
+    return pd.DataFrame([dict(probe=probe, split=split, accuracy=a, lr=lr) for (probe, split), a in accuracies.items()])
+
+
+def test_the_try_that_is_kept_does_best_on_validation_images_by_the_linear_probe():
+    tries = [trial(0.1, 0.5, 0.9), trial(0.2, 0.7, 0.1), trial(0.4, 0.7, 0.8)]
+    assert best_on_validation(tries) is tries[1] and best_on_validation(tries[::-1]) is tries[2]
+
+
+def test_a_run_is_tried_at_every_rate_under_a_name_of_its_own(materials, tmp_path, monkeypatch):
+    found = {}
+
+    def remember(path, determines, compute, also_in):
+        found[path.name] = determines["train"]["lr"], also_in
+        return trial(0, 0.5, 0.5)
+
+    monkeypatch.setattr("mlvgm_mi.experiments.cell", remember)
+    study, run = Study(tmp_path, "digits", load_digits(), {"width": 4}, batch_size=4), Run("real", "simsiam", "none", 0)
+    tries = at_rates(study, run, materials, dict(steps=5, warmup=1, lr=0.3), [0.4, 3.2], ["there"])
+    assert found == {f"{run.name}__0.4.csv": (0.4, ["there"]), f"{run.name}__3.2.csv": (3.2, ["there"])}
+    assert [one.lr.unique().item() for one in tries] == [0.4, 3.2]
+    found.clear()
+    assert [one.lr.unique().item() for one in at_rates(study, run, materials, dict(steps=5, warmup=1, lr=0.3))] == [0.3]
+    assert found == {f"{run.name}.csv": (0.3, ())}
+
+
 def test_replays_are_compared_with_fixed_sets():
     profile = load_profile(next(path for path in PROFILES if path.stem == "smoke"))
     runs = replace(profile, fixed_sizes=[10, 20], replays=[4], seeds=[0, 1]).continuous
     assert [run.source for run in runs] == ["fixed-10"] * 2 + ["fixed-20"] * 2 + ["replayed-4"] * 2 + ["guided"] * 2
-
-
-def test_a_failing_cell_leaves_nothing(tmp_path):
-    def fail():
-        raise RuntimeError("killed")
-
-    with pytest.raises(RuntimeError):
-        cell(tmp_path / "c.csv", {}, fail)
-    assert not list(tmp_path.iterdir())
 
 
 def test_publishing_copies_tables_figures_notebooks(tmp_path):
@@ -299,10 +294,3 @@ def test_publishing_copies_tables_figures_notebooks(tmp_path):
     assert found == {"results/p/t.csv", "figures/p/f.csv", "results/p/notebooks/n.csv"}
     found = {path.relative_to(tmp_path).as_posix() for path in publish(tmp_path / "build", tmp_path, "p", keep_cells=True)}
     assert "results/p/cells/c.csv" in found
-
-
-def test_digests_follow_the_weights():
-    one, two = load_generator("fashion-stylegan2"), load_generator("fashion-stylegan2")
-    assert weights_digest(one) == weights_digest(two)
-    two.mapping.fc0.bias[0] += 1e-3
-    assert weights_digest(one) != weights_digest(two)
