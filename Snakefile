@@ -235,11 +235,34 @@ rule choice:
         "{PAPERMILL} {input.nb} {log.nb} -y '{params.y}' > {log.txt} 2>&1"
 
 
+rule long_rates:
+    input:
+        nb=f"{NB}/E2d_long_rates.ipynb", code=code(*ENCODERS_CODE, "plot"), recipes=rules.impact.output.recipes
+    output:
+        results("longer_rates.csv"), picture("longer_rates")
+    params:
+        y=lambda w: parameters("generator", "dataset", "images", "encoder", "batch_size", "probe_images", "train",
+                               in_use=only("E3b_longer").get("rates", {}), **only("E2d_long_rates"))
+    log:
+        nb=f"{BUILD}/notebooks/E2d_long_rates.ipynb", txt=f"{BUILD}/logs/E2d_long_rates.txt"
+    priority:
+        6
+    shell:
+        "{PAPERMILL} {input.nb} {log.nb} -y '{params.y}' > {log.txt} 2>&1"
+
+
+def longer_materials():
+    "The files that the rows of E3b read, beside the recipes."
+    rows = [row for of_one in only("E3b_longer").get("rows", {}).values() for row in of_one]
+    return results(*{file for row in rows for file in material_files(row["source"]).values()})
+
+
 rule longer:
     input:
-        nb=f"{NB}/E3b_longer.ipynb", code=code(*ENCODERS_CODE, "plot"), recipes=rules.impact.output.recipes
+        nb=f"{NB}/E3b_longer.ipynb", code=code(*ENCODERS_CODE, "plot"), recipes=rules.impact.output.recipes,
+        materials=longer_materials()
     output:
-        results("longer.csv", "longer_table.csv", "longer_doubling.csv"), picture("longer")
+        results("longer.csv", "longer_table.csv", "longer_doubling.csv"), picture("longer") + picture("longer_sources")
     params:
         y=lambda w: parameters("dataset", "images", "encoder", "batch_size", "probe_images", "shares", "seeds", "train", "train_of",
                                **only("E3b_longer"))
@@ -283,6 +306,7 @@ rule publish:
         rules.delta.output, rules.relevance.output, rules.stability.output, rules.sources.output, rules.continuous.output, rules.claims.output,
         rules.rates.output if "E2b_rates" in P.parameters else [],  # tuning and length are for studies
         rules.choice.output if "E2c_choice" in P.parameters else [],
+        rules.long_rates.output if "E2d_long_rates" in P.parameters else [],
         rules.longer.output if "E3b_longer" in P.parameters else []
     output:
         f"{BUILD}/published.txt"

@@ -182,9 +182,26 @@ def _views_from(source: str, generator: str) -> str:
     return source if source == "real" else f"{source}, {generator}"
 
 
+def _longer(results: Path, several: bool) -> pd.DataFrame:
+    "Rows of the objectives that were trained for several lengths, or for one."
+    table = pd.read_csv(results / "longer_table.csv")
+    return table[(table.groupby("objective").steps.transform("nunique") > 1) == several]
+
+
+def longer_objectives(results: Path) -> pd.DataFrame:
+    "Linear probe per source, for the objectives that were trained for one length, and the gain over real views at their best."
+    table, rows = _longer(results, several=False).query("probe == 'linear'"), []
+    for (generator, source, t_x), part in table.groupby(["generator", "source", "t_x"], sort=False):
+        rows.append({"views from": _views_from(source, generator), "t_x": t_x})
+        for own in part.itertuples():
+            rows[-1][f"{own.objective}, {own.steps:,} updates"] = percent(own._asdict(), "accuracy", "low", "high")
+            rows[-1][f"{own.objective}, minus real at its best"] = interval(own._asdict(), "minus_best_real", 100, 1)
+    return pd.DataFrame(rows).fillna("")
+
+
 def longer(results: Path) -> pd.DataFrame:
     "Linear probe by number of updates, and nearest neighbours where a row ends."
-    table = pd.read_csv(results / "longer_table.csv")
+    table = _longer(results, several=True)
     rows = []
     for (objective, generator, source, t_x), part in table.groupby(["objective", "generator", "source", "t_x"], sort=False):
         linear, knn = (part[part.probe == probe].set_index("steps").sort_index() for probe in ("linear", "knn"))
@@ -196,7 +213,7 @@ def longer(results: Path) -> pd.DataFrame:
 
 def longer_gains(results: Path) -> pd.DataFrame:
     "What guided views gain over real and uniform ones, each under what suits it best, by number of updates."
-    table = pd.read_csv(results / "longer_table.csv").query("source == 'guided' and probe in ['linear', 'knn']")
+    table = _longer(results, several=True).query("source == 'guided' and probe in ['linear', 'knn']")
     rows = []
     for key, part in table.groupby(["objective", "generator", "t_x", "steps"], sort=False):
         row = dict(zip(["objective", "generator", "t_x", "updates"], [*key[:3], f"{key[3]:,}"]))
@@ -236,7 +253,7 @@ def continuous(results: Path) -> pd.DataFrame:
 
 TABLES = {table.__name__: table for table in (
     generators, impact, table1, coverage, claims, sources, objectives, gains, augmentations, longer, longer_gains, doubling,
-    continuous, speed)}
+    longer_objectives, continuous, speed)}
 
 
 def markdown(frame: pd.DataFrame) -> str:

@@ -394,11 +394,13 @@ def at_rates(
     materials: Materials,
     train: Mapping[str, Any],  # fields of `TrainConfig`
     rates: Sequence[float] = (),  # learning rates to choose from; none: that of `train`
+    stem: str | None = None,  # name of the cell's file, to which every rate adds `__<rate>`; None: the run's
     also_in: Sequence[str | Path] = (),  # as in `cell`
 ) -> list[pd.DataFrame]:
-    "A run's `Study.encoder_cell` at every rate, which column `lr` tells; the cell of a try is called `<run>__<rate>`."
-    stems = {f"{run.name}__{lr:g}": lr for lr in rates} or {run.name: train["lr"]}
-    return [study.encoder_cell(run, materials, {**train, "lr": lr}, stem, also_in).assign(lr=lr) for stem, lr in stems.items()]
+    "A run's `Study.encoder_cell` at every rate; column `lr` says which."
+    stem = stem or run.name
+    stems = {f"{stem}__{lr:g}": lr for lr in rates} or {stem: train["lr"]}
+    return [study.encoder_cell(run, materials, {**train, "lr": lr}, name, also_in).assign(lr=lr) for name, lr in stems.items()]
 
 
 def best_on_validation(

@@ -273,12 +273,15 @@ def test_a_run_is_tried_at_every_rate_under_a_name_of_its_own(materials, tmp_pat
 
     monkeypatch.setattr("mlvgm_mi.experiments.cell", remember)
     study, run = Study(tmp_path, "digits", load_digits(), {"width": 4}, batch_size=4), Run("real", "simsiam", "none", 0)
-    tries = at_rates(study, run, materials, dict(steps=5, warmup=1, lr=0.3), [0.4, 3.2], ["there"])
+    tries = at_rates(study, run, materials, dict(steps=5, warmup=1, lr=0.3), [0.4, 3.2], also_in=["there"])
     assert found == {f"{run.name}__0.4.csv": (0.4, ["there"]), f"{run.name}__3.2.csv": (3.2, ["there"])}
     assert [one.lr.unique().item() for one in tries] == [0.4, 3.2]
     found.clear()
     assert [one.lr.unique().item() for one in at_rates(study, run, materials, dict(steps=5, warmup=1, lr=0.3))] == [0.3]
     assert found == {f"{run.name}.csv": (0.3, ())}
+    found.clear()
+    at_rates(study, run, materials, dict(steps=5, warmup=1), [1.0], stem="longer")
+    assert found == {"longer__1.csv": (1.0, ())}
 
 
 def test_replays_are_compared_with_fixed_sets():
