@@ -254,7 +254,7 @@ rule long_rates:
 def longer_materials():
     "The files that the rows of E3b read, beside the recipes."
     rows = [row for of_one in only("E3b_longer").get("rows", {}).values() for row in of_one]
-    return results(*{file for row in rows for file in material_files(row["source"]).values()})
+    return results(*sorted({file for row in rows for file in material_files(row["source"]).values()}))
 
 
 rule longer:
