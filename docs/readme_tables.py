@@ -189,13 +189,13 @@ def _longer(results: Path, several: bool) -> pd.DataFrame:
 
 
 def longer_objectives(results: Path) -> pd.DataFrame:
-    "Linear probe per source, for the objectives that were trained for one length, and the gain over real views at their best."
+    "Linear probe per source, for the objectives that were trained for one length, and the gain over real views."
     table, rows = _longer(results, several=False).query("probe == 'linear'"), []
     for (generator, source, t_x), part in table.groupby(["generator", "source", "t_x"], sort=False):
         rows.append({"views from": _views_from(source, generator), "t_x": t_x})
         for own in part.itertuples():
             rows[-1][f"{own.objective}, {own.steps:,} updates"] = percent(own._asdict(), "accuracy", "low", "high")
-            rows[-1][f"{own.objective}, minus real at its best"] = interval(own._asdict(), "minus_best_real", 100, 1)
+            rows[-1][f"{own.objective}, minus real"] = interval(own._asdict(), "minus_best_real", 100, 1)
     return pd.DataFrame(rows).fillna("")
 
 
