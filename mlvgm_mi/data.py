@@ -19,7 +19,7 @@ import tempfile
 import urllib.request
 import warnings
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Callable, Protocol, Sequence
 
@@ -110,6 +110,16 @@ class Splits:
     train: ImageSet
     val: ImageSet
     test: ImageSet
+
+    def labelled(self, count: int) -> "Splits":
+        "The same with the first `count` training images, or all if there are fewer; `ValueError` if `count` is not positive."
+        if count < 1:
+            raise ValueError(f"{count=} must be positive, so that there is something to learn from")
+        return replace(self, train=self.train.subset(slice(count)))
+
+    def for_tuning(self) -> "Splits":
+        "The same with the validation images in place of the test images, which have no say in settings."
+        return replace(self, test=self.val)
 
 
 def _hold_out(full: ImageSet, n: int, rng: torch.Generator) -> tuple[ImageSet, ImageSet]:

@@ -18,7 +18,7 @@ from torchvision.datasets import FashionMNIST
 from mlvgm_mi import data
 from mlvgm_mi.data import (
     DATA_VARIABLE, DATASETS, FASHION_MNIST_CLASSES, FASHION_MNIST_FILES, DataUnavailableError, DebianPackage, Download,
-    ImageSet, NamedFolder, NotHere, PackedFile, RouteError, UsualFolder, cache_folder, fashion_mnist_routes,
+    ImageSet, NamedFolder, NotHere, PackedFile, RouteError, Splits, UsualFolder, cache_folder, fashion_mnist_routes,
     load_dataset, load_digits, load_fashion_mnist, obtain, read_idx, stratified_split,
 )
 from mlvgm_mi.latents import rng_for
@@ -126,6 +126,36 @@ def test_splits_are_repeatable_and_differ_by_seed():
 def test_a_split_needs_two_parts(n):
     with pytest.raises(ValueError, match=f"n={n} must lie between 1 and 3"):
         stratified_split(LABELS, n, rng_for(0, "x"))
+
+
+@pytest.fixture
+def three_parts():
+    "Splits whose images say where they come from."
+    whole = ImageSet(torch.arange(12, dtype=torch.uint8).view(12, 1, 1, 1), torch.arange(12) % 2, ("a", "b"))
+    return Splits(*(whole.subset(slice(start, start + 4)) for start in (0, 4, 8)))
+
+
+def pixels(part):
+    return part.images.flatten().tolist()
+
+
+def test_settings_are_chosen_without_the_test_images(three_parts):
+    tuning = three_parts.for_tuning()
+    assert [pixels(part) for part in (tuning.train, tuning.val, tuning.test)] == [[0, 1, 2, 3], [4, 5, 6, 7], [4, 5, 6, 7]]
+    assert pixels(three_parts.test) == [8, 9, 10, 11]
+
+
+@pytest.mark.parametrize(("count", "left"), [(1, [0]), (3, [0, 1, 2]), (4, [0, 1, 2, 3]), (50, [0, 1, 2, 3])])
+def test_few_labels_are_the_first_of_training(three_parts, count, left):
+    few = three_parts.labelled(count)
+    assert pixels(few.train) == left and few.train.labels.tolist() == [pixel % 2 for pixel in left]
+    assert (few.val, few.test) == (three_parts.val, three_parts.test)
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_no_labels_at_all_are_refused(three_parts, count):
+    with pytest.raises(ValueError, match=f"count={count} must be positive"):
+        three_parts.labelled(count)
 
 
 # files
