@@ -196,7 +196,7 @@ rule encoder:
         f"{BUILD}/cells/{{name}}.csv"
     params:
         y=lambda w: parameters("generator", "dataset", "images", "uniform_sigma", "group_sigmas", "encoder", "batch_size",
-                               "probe_images", "shares", name=w.name, profile=P.name,
+                               "probe_images", "shares", "options", name=w.name, profile=P.name,
                                train=P.train_for(Run.parse(w.name)), rates=P.rates.get(Run.parse(w.name).objective, []))
     log:
         nb=f"{BUILD}/runs/{{name}}.ipynb", txt=f"{BUILD}/logs/{{name}}.txt"
@@ -262,7 +262,8 @@ rule longer:
         nb=f"{NB}/E3b_longer.ipynb", code=code(*ENCODERS_CODE, "plot"), recipes=rules.impact.output.recipes,
         materials=longer_materials()
     output:
-        results("longer.csv", "longer_table.csv", "longer_doubling.csv"), picture("longer") + picture("longer_sources")
+        results("longer.csv", "longer_table.csv", "longer_doubling.csv", "longer_sources.csv"),
+        pictures=picture("longer") + picture("longer_sources")
     params:
         y=lambda w: parameters("dataset", "images", "encoder", "batch_size", "probe_images", "shares", "seeds", "train", "train_of",
                                **only("E3b_longer"))

@@ -9,24 +9,26 @@ __all__ = ['app', 'GENERATOR', 'Out', 'Folder', 'Size', 'Seed', 'generators', 'i
 # %% ../nbs/11_cli.ipynb #6646bd59
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Callable, Mapping, TypeVar
+from typing import Annotated, Any, Callable, Mapping, TypeVar
 
 import typer
 
 from .cells import write_frame
-from .contrastive import OBJECTIVES, Contrastive, fit, load_encoder, save_encoder, small_resnet
+from .contrastive import ENCODERS, OBJECTIVES, Contrastive, fit, load_encoder, save_encoder
 from .data import DATASETS, DataUnavailableError, Splits, load_dataset
 from .datasets import OPENERS
-from .evaluate import SHARES, judge
-from .experiments import SOURCES, Materials, make_source
-from .generators.core import GENERATORS, load_generator
+from .encoders import build_encoder
+from .evaluate import SHARES, few_labels, judge
+from .experiments import SOURCES, Materials, make_source, source_kind
+from .generators.core import GENERATORS, Generator, load_generator
 from .impact import ImpactConfig, curves, fit_impact, impact_table, meet_budget
 from .latents import rng_for
 from .perturb import RULES, Recipe, mi_guided
 from .plot import impact_curves, save_figure, view_grid
-from .presets import preset
+from .presets import PRESETS
 from .views import draw_views
 
 # %% ../nbs/11_cli.ipynb #f389d9fb
@@ -96,11 +98,27 @@ def views(
     typer.echo("written: " + ", ".join(map(str, files)))
 
 # %% ../nbs/11_cli.ipynb #bc5ddfda
-def _images(dataset: str, folder: Path | None, size: int, channels: int = 3) -> Splits:
+def _images(dataset: str, folder: Path | None, size: int, channels: int) -> Splits:
     "The labelled images of a name; sets of pictures are read from their folder, in colour or grey."
-    return load_dataset(dataset, **dict(folder=folder, size=size, channels=channels) if folder and dataset in OPENERS else {})
+    pictures = dict(size=size, channels=channels) if dataset in OPENERS else {}
+    return load_dataset(dataset, **pictures, **dict(folder=folder) if folder else {})
 
 
+def _materials(source: str, network: Generator, dataset: str, folder: Path | None, **given: Any) -> Materials:
+    "What a source is made of; real images are loaded only for one that shows them."
+    real = "images" in source_kind(source)[0].needs
+    images = _images(dataset, folder, network.image_shape[-1], network.image_shape[0]).train if real else None
+    return Materials(images, network, **given)
+
+
+def _sigmas(words: list[str]) -> dict[str, float] | None:
+    "`w0-1=0.2` and the like as a mapping; `None` for none."
+    try:
+        return {name: float(sigma) for name, sigma in (word.split("=") for word in words)} or None
+    except ValueError:
+        raise ValueError(f"--group-sigma {' '.join(words)}: each should read group=sigma, such as w0-1=0.2") from None
+
+# %% ../nbs/11_cli.ipynb #9bd693cc
 @app.command()
 def train(
     source: Annotated[str, typer.Option(help=f"where views come from: {', '.join(SOURCES)}")],
@@ -109,45 +127,68 @@ def train(
     walkers: Annotated[Path | None, typer.Option(help="weights of group walkers, for group-walker")] = None,
     walker_all: Annotated[Path | None, typer.Option(help="weights of one walker, for walker-all")] = None,
     generator: Annotated[str, typer.Option(help=GENERATOR)] = "fashion-stylegan2",
-    dataset: Annotated[str, typer.Option(help=f"real images: {', '.join(DATASETS)}")] = "fashion-mnist",
+    uniform_sigma: Annotated[float, typer.Option(help="of the uniform step, in units of the prior's")] = Materials.uniform_sigma,
+    group_sigma: Annotated[list[str] | None, typer.Option(help="group=sigma, for group-gaussian; for each that moves")] = None,
+    dataset: Annotated[str, typer.Option(help=f"real images, for real and mixed: {', '.join(DATASETS)}")] = "fashion-mnist",
     folder: Folder = None,
+    encoder: Annotated[str, typer.Option(help=f"{', '.join(ENCODERS)}")] = "small_resnet",
     objective: Annotated[str, typer.Option(help=f"{', '.join(OBJECTIVES)}")] = "simclr",
     t_x: Annotated[str, typer.Option(help="pixel augmentation")] = "no_color",
     scale: Annotated[str, typer.Option(help="preset of head, optimiser and schedule: small or paper")] = "small",
     steps: Annotated[int, typer.Option(help="updates")] = 1000,
-    batch_size: Annotated[int, typer.Option(help="anchors in a batch")] = 128,
+    batch_size: Annotated[int | None, typer.Option(help="anchors in a batch; by default the preset's")] = None,
+    lr: Annotated[float | None, typer.Option(help="learning rate for 256 anchors in a batch; by default the preset's")] = None,
+    views: Annotated[int, typer.Option(help="of every anchor")] = 2,
+    workers: Annotated[int, typer.Option(help="processes that make batches; 0: the one that trains")] = 0,
     logs: Annotated[Path | None, typer.Option(help="folder for TensorBoard and pictures of views")] = None,
     checkpoint_every: Annotated[int, typer.Option(help="updates between checkpoints, from which a killed run goes on")] = 200,
     seed: Seed = 0,
 ) -> None:
-    "Train an encoder, or take up a training that was interrupted."
-    _chosen("objective", objective, OBJECTIVES)
-    network, settings = load_generator(generator), preset(scale, objective)
-    images = _images(dataset, folder, network.image_shape[-1], network.image_shape[0]).train
-    materials = Materials(images, network, Recipe.from_yaml(recipe) if recipe else None, walkers=walkers, walker_all=walker_all)
-    batches = make_source(source, materials, t_x, batch_size=batch_size, steps_per_epoch=steps, seed=seed)
-    encoder = small_resnet(images.image_shape[0], seed=seed)
-    module = Contrastive(encoder, settings.build(encoder.num_features, seed), settings.config(steps, batch_size))
-    history = fit(module, batches, out, checkpoint_every, logs=logs)
+    "Train an encoder, or take up a training that was interrupted: the same command goes on where it was."
+    settings = _chosen("objective", objective, _chosen("scale", scale, PRESETS))
+    settings = replace(settings, lr=lr or settings.lr, batch_size=batch_size or settings.batch_size)
+    materials = _materials(source, load_generator(generator), dataset, folder, recipe=recipe, walkers=walkers,
+                           walker_all=walker_all, uniform_sigma=uniform_sigma, group_sigmas=_sigmas(group_sigma or []))
+    plan = dict(batch_size=settings.batch_size, steps_per_epoch=steps, views=views, seed=seed)
+    batches = make_source(source, materials, t_x, **plan)
+    network = build_encoder(batches.batch(0).shape[2], seed, encoder)
+    module = Contrastive(network, settings.build(network.num_features, seed), settings.config(steps))
+    history = fit(module, batches, out, checkpoint_every, workers, logs=logs)
     save_encoder(out / "encoder.safetensors", module.encoder)
     typer.echo(f"{steps} updates, loss {history.loss.iloc[0]:.3f} -> {history.loss.iloc[-1]:.3f}")
     typer.echo(f"written: {out / 'encoder.safetensors'}")
 
 # %% ../nbs/11_cli.ipynb #90f20d19
+def _affordable(splits: Splits, seed: int) -> dict[str, float]:
+    "The few-label probes for which every class has an example; says which are left out."
+    kept = dict(SHARES)
+    for name, share in SHARES.items():
+        try:
+            few_labels(splits.train.labels, share, seed=seed)
+        except ValueError as error:
+            typer.echo(f"{name} is left out: {error}", err=True)
+            kept.pop(name)
+    return kept
+
+
 @app.command()
 def evaluate(
     encoder: Annotated[Path, typer.Argument(help="weights written by `train`")],
     dataset: Annotated[str, typer.Option(help=f"{', '.join(DATASETS)}")] = "fashion-mnist",
     folder: Folder = None,
     size: Size = 32,
-    channels: Annotated[int, typer.Option(help="of the encoder: 3, or 1 for grey")] = 1,
-    few_labels: Annotated[bool, typer.Option(help="also with 1% and 10% of the labels; small sets cannot spare them")] = True,
+    few: Annotated[bool, typer.Option("--few-labels/--no-few-labels", help="also with 1% and 10% of them, if enough")] = True,
     out: Annotated[Path | None, typer.Option(help="CSV to write")] = None,
     seed: Seed = 0,
 ) -> None:
     "Judge an encoder by probes on real labelled images."
-    splits, shares = _images(dataset, folder, size, channels), SHARES if few_labels else {}
-    frame = judge(load_encoder(encoder), splits, dataset, seed, shares)
+    network = load_encoder(encoder)
+    channels = network.config.get("channels", 3)
+    splits = _images(dataset, folder, size, channels)
+    if splits.train.image_shape[0] != channels:
+        found = splits.train.image_shape[0]
+        raise ValueError(f"{encoder} reads images of {channels} channels, those of {dataset} have {found}; choose another set")
+    frame = judge(network, splits, dataset, seed, _affordable(splits, seed) if few else {})
     if out:
         write_frame(frame, out)
     typer.echo(frame.pivot(index="probe", columns="split", values="accuracy").round(4).to_string())
@@ -169,6 +210,6 @@ def main(run: Callable[[], None] = app) -> None:
     "The `mlvgm-mi` command: a bad argument costs one line, not a traceback."
     try:
         run()
-    except (ValueError, KeyError, DataUnavailableError, FileNotFoundError) as error:
+    except (ValueError, KeyError, DataUnavailableError, OSError, FloatingPointError) as error:
         typer.echo(f"error: {error.args[0] if isinstance(error, KeyError) else error}", err=True)
         raise SystemExit(2) from None

@@ -8,7 +8,6 @@ __all__ = ['OPTIMISERS', 'BatchSource', 'Repeated', 'Stream', 'TrainConfig', 'Co
            'seeded_init', 'small_resnet', 'OBJECTIVES', 'Objective', 'SimCLR', 'encode_views']
 
 # %% ../nbs/09_contrastive.ipynb #936761ff
-import hashlib
 import logging
 import math
 import sys
@@ -17,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from types import FunctionType
 from typing import Any, Callable, Iterable, Iterator, Mapping, Protocol, Sequence, runtime_checkable
 
 import lightning
@@ -27,6 +27,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader
 
+from .cells import described, digest, weights_digest
 from .checkpoints import WeightsError, atomic_path, read_state, save_state
 from .encoders import ENCODERS, Encoder, load_encoder, resnet50, save_encoder, seeded_init, small_resnet  # noqa: F401
 from .methods import OBJECTIVES, Objective, SimCLR, encode_views  # noqa: F401
@@ -153,7 +154,7 @@ class Contrastive(lightning.LightningModule):
         self.objective, self.config = objective, config
         objective.attach(self.encoder)
         self.history: list[tuple[int, float, float]] = []  # step, loss, learning rate
-        self.origin = asdict(config) | {"weights": _digest(self.state_dict())}
+        self.origin = asdict(config) | {"weights": weights_digest(self), "objective": digest(_settings(objective))}
 
     def training_step(self, views: Tensor, index: int) -> Tensor:
         "The loss of a batch; `ValueError` for views of a wrong shape, `FloatingPointError` if the loss is not finite."
@@ -195,12 +196,14 @@ def _over_ranks(loss: Tensor) -> Tensor:
     return total / distributed.get_world_size()
 
 # %% ../nbs/09_contrastive.ipynb #e926e03c
-def _digest(state: Mapping[str, Tensor]) -> str:
-    "SHA-256 of the values."
-    digest = hashlib.sha256()
-    for tensor in state.values():
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+def _settings(objective: Objective) -> dict[str, Any]:
+    "Classes and plain attributes of an objective and all its parts, by their names."
+    plain = (bool, int, float, str, FunctionType, partial)
+    return {
+        name: [type(part).__qualname__, {key: described(value) for key, value in vars(part).items()
+                                         if isinstance(value, plain) and key != "training" and not key.startswith("_")}]
+        for name, part in objective.named_modules()
+    }
 
 # %% ../nbs/09_contrastive.ipynb #4859a3fc
 def _check_views(views: Tensor) -> None:
@@ -311,7 +314,8 @@ class ShowViews(lightning.Callback):
         if trainer.global_step == 0 and trainer.is_global_zero:
             figure = view_grid(views[: self.rows].float().cpu())
             save_figure(figure, self.folder / "views")
-            trainer.logger.experiment.add_figure("views", figure)
+            if isinstance(trainer.logger, TensorBoardLogger):
+                trainer.logger.experiment.add_figure("views", figure)
 
 # %% ../nbs/09_contrastive.ipynb #4dba6a7a
 def _trainer(
@@ -340,6 +344,15 @@ def _quiet() -> Iterator[None]:
         for logger, level in zip(loggers, levels):
             logger.setLevel(level)
 
+# %% ../nbs/09_contrastive.ipynb #0ace04c5
+def _check_call(source: BatchSource, checkpoint_every: int, options: Mapping[str, Any]) -> None:
+    if len(source) < 1:
+        raise ValueError("source has no batches; check its size against its batch size")
+    if checkpoint_every < 1:
+        raise ValueError(f"{checkpoint_every=} must be at least 1, the updates from one checkpoint to the next")
+    if options.get("accumulate_grad_batches", 1) != 1:
+        raise ValueError("accumulate_grad_batches: every update takes one batch here; give the source larger batches")
+
 # %% ../nbs/09_contrastive.ipynb #fb4e4b4f
 def fit(
     module: Contrastive,
@@ -354,14 +367,18 @@ def fit(
 
     Killed at any step and called again with a module built the same way, it goes on from the last checkpoint in
     the folder and ends with the same weights, bit for bit, as if nothing had happened. Raises `ValueError` if the
-    folder belongs to another run.
+    folder belongs to another run: other settings, first weights, objective, or views of a source that has an `identity`.
     """
     source = source if isinstance(source, BatchSource) else Repeated(source)
-    if len(source) < 1:
-        raise ValueError("source has no batches; check its size against its batch size")
+    _check_call(source, checkpoint_every, trainer_options or {})
+    if hasattr(source, "identity"):
+        module.origin["views"] = digest(described(source))
     folder, stop = Path(checkpoint_folder) if checkpoint_folder else None, module.config.steps
     path, checkpoint = _last_whole(folder, module.origin) if folder else (None, {})
     first = checkpoint.get("global_step", 0)
+    if module.history and not checkpoint:
+        raise ValueError(f"module was trained for {len(module.history)} updates already; build it anew, or give the "
+                         "checkpoint_folder of that training")
     if first < stop:
         callbacks = [PlaceSource(source)] + ([KeepLastTwo(folder, checkpoint_every)] if folder else [])
         callbacks += [ShowViews(Path(logs))] if logs else []

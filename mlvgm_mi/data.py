@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['FASHION_MNIST_FILES', 'FASHION_MNIST_CLASSES', 'DATA_VARIABLE', 'DATASETS', 'ImageSet', 'stratified_split', 'Splits',
-           'RouteError', 'DataUnavailableError', 'PackedFile', 'NotHere', 'Route', 'NamedFolder', 'UsualFolder',
-           'Download', 'DebianPackage', 'obtain', 'read_idx', 'cache_folder', 'fashion_mnist_routes',
+           'split_off', 'RouteError', 'DataUnavailableError', 'PackedFile', 'NotHere', 'Route', 'NamedFolder',
+           'UsualFolder', 'Download', 'DebianPackage', 'obtain', 'read_idx', 'cache_folder', 'fashion_mnist_routes',
            'load_fashion_mnist', 'load_digits', 'load_dataset']
 
 # %% ../nbs/03_data.ipynb #45f614e4
 import gzip
 import hashlib
 import http.client
+import inspect
 import os
 import shutil
 import subprocess
@@ -122,9 +123,30 @@ class Splits:
         return replace(self, test=self.val)
 
 
+def split_off(
+    labels: Tensor,  # (N,)
+    n: int,  # how many to hold out
+    rng: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """As `stratified_split`, but no class loses its last image: the first of it stays with the rest, to be learnt from.
+
+    Fewer than `n` are then held out; raises `ValueError` if none would be.
+    """
+    held, rest = stratified_split(labels, n, rng)
+    lost = held[~torch.isin(labels[held], labels[rest])].tolist()
+    first = {int(labels[place]): place for place in reversed(lost)}
+    if len(first) == n:
+        raise ValueError(
+            f"n={n} of {len(labels)} images leaves nothing to hold out, for the last image of a class is not taken "
+            f"(classes {', '.join(map(str, sorted(first)))}); raise n or give every class at least 2 images"
+        )
+    stays = torch.tensor(sorted(first.values()), dtype=torch.int64)
+    return held[~torch.isin(held, stays)], torch.cat([rest, stays]).sort().values
+
+
 def _hold_out(full: ImageSet, n: int, rng: torch.Generator) -> tuple[ImageSet, ImageSet]:
-    "The rest, and `n` images held out."
-    held, rest = stratified_split(full.labels, n, rng)
+    "The rest, and what `split_off` holds out."
+    held, rest = split_off(full.labels, n, rng)
     return full.subset(rest), full.subset(held)
 
 # %% ../nbs/03_data.ipynb #c1883ecd
@@ -386,7 +408,26 @@ def load_dataset(
     name: str,  # one of `DATASETS`
     **options: Any,  # for its loader
 ) -> Splits:
-    "The data set registered as `name`; raises `KeyError` listing the names there are."
+    """The data set registered as `name`.
+
+    Raises `KeyError` listing the names there are, `ValueError` for an option that its loader does not take or cannot do without.
+    """
     if name not in DATASETS:
-        raise KeyError(f"name={name!r} is no known data set; choose one of {', '.join(sorted(DATASETS))} or add yours")
+        raise KeyError(
+            f"name={name!r} is no known data set; choose one of {', '.join(sorted(DATASETS))}, add yours, "
+            "or import mlvgm_mi.datasets, which adds cifar10, imagenet, folder and more"
+        )
+    _check_options(name, options)
     return DATASETS[name](**options)
+
+
+def _check_options(name: str, options: dict[str, Any]) -> None:
+    wanted = inspect.signature(DATASETS[name]).parameters.values()
+    takes = [one.name for one in wanted if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
+    strange = [f"{key}={value!r}" for key, value in options.items() if key not in takes]
+    if strange and all(one.kind is not one.VAR_KEYWORD for one in wanted):
+        raise ValueError(f"{', '.join(strange)} is not taken by {name}; it takes {', '.join(takes) or 'nothing'}")
+    needs = [one.name for one in wanted if one.name in takes and one.default is one.empty]
+    missing = [f"{key}=..." for key in needs if options.get(key) is None]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} is needed by {name}; add it to the arguments")

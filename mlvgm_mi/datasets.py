@@ -23,7 +23,7 @@ from torchvision.transforms import functional as TF
 from tqdm.auto import tqdm
 
 from .checkpoints import atomic_path
-from .data import DATASETS, DataUnavailableError, ImageSet, Splits, stratified_split
+from .data import DATASETS, DataUnavailableError, ImageSet, Splits, split_off
 from .latents import rng_for
 
 # %% ../nbs/03b_datasets.ipynb #bd9185e4
@@ -32,10 +32,25 @@ def square(
     size: int,  # pixels
     channels: int = 3,  # 3, or 1 for grey
 ) -> np.ndarray:
-    "The middle of a picture as `(channels, size, size)` bytes, its shorter side scaled to `size`."
-    scaled = TF.resize(picture.convert({1: "L", 3: "RGB"}[channels]), size, antialias=True)
+    """The middle of a picture as `(channels, size, size)` bytes, its shorter side scaled to `size`.
+
+    Grey of 16 bits is scaled from 0..65535; raises `ValueError` for floats and for integers beyond that range.
+    """
+    scaled = TF.resize(_eight_bits(picture).convert({1: "L", 3: "RGB"}[channels]), size, antialias=True)
     middle = np.asarray(TF.center_crop(scaled, [size, size])).reshape(size, size, channels)
     return np.ascontiguousarray(middle.transpose(2, 0, 1))
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    if not picture.mode.startswith(("I", "F")):
+        return picture
+    values = np.asarray(picture)
+    if values.dtype.kind == "f" or values.min() < 0 or values.max() > 65535:
+        raise ValueError(
+            f"{getattr(picture, 'filename', '') or 'the picture'} has mode {picture.mode} and values from {values.min()} to "
+            f"{values.max()}, expected 8 bits, or integers in 0..65535; save it as 8 or 16 bits"
+        )
+    return Image.fromarray(((values.astype(np.int32) + 128) // 257).astype(np.uint8))
 
 # %% ../nbs/03b_datasets.ipynb #6c89313c
 class Pictures(Protocol):
@@ -51,13 +66,18 @@ def decode(
     out: np.ndarray,  # (N, channels, size, size) bytes, filled here
     title: str = "decoding",
 ) -> list[int]:
-    "Fills `out` with squares and returns the classes; raises `DataUnavailableError` naming the picture that cannot be read."
+    """Fills `out` with squares and returns the classes.
+
+    Names the picture that cannot be read in a `DataUnavailableError`, the one that `square` refuses in a `ValueError`.
+    """
     def one(index: int) -> int:
         try:
             picture, label = pictures[index]
             out[index] = square(picture, out.shape[2], out.shape[1])
         except (OSError, SyntaxError) as error:
             raise DataUnavailableError(f"{title}: picture {index} cannot be read ({error}); fetch the data set again") from None
+        except ValueError as error:
+            raise ValueError(f"{title}: picture {index}: {error}") from None
         return int(label)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -72,18 +92,30 @@ def read_pictures(
     title: str = "decoding",
     channels: int = 3,  # 3, or 1 for grey
 ) -> ImageSet:
-    "The pictures as `(N, channels, size, size)` bytes with their classes; mapped from `cache` if that was written before."
+    """The pictures as `(N, channels, size, size)` bytes with their classes; mapped from `cache` if that was written before.
+
+    Raises `ValueError` for other `channels` or a picture that `square` refuses, `DataUnavailableError` for one that cannot be read.
+    """
     if channels not in (1, 3):
         raise ValueError(f"channels={channels} must be 3 for colour or 1 for grey")
     shape = (len(pictures), channels, size, size)
-    if cache is None:
-        images = np.empty(shape, np.uint8)
-        return _image_set(images, decode(pictures, images, title), class_names)
+    fill = lambda out: decode(pictures, out, title)
+    if cache is not None:
+        return _mapped(cache, shape, fill, class_names)
+    images = np.empty(shape, np.uint8)
+    return _image_set(images, fill(images), class_names)
+
+
+def _mapped(
+    cache: Path,  # as in `read_pictures`
+    shape: tuple[int, ...],
+    fill: Callable[[np.ndarray], list[int]],  # writes the images and returns their classes
+    class_names: tuple[str, ...],
+) -> ImageSet:
     arrays, labels = cache.with_suffix(".npy"), cache.with_suffix(".json")
     if not labels.exists():
-        arrays.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(arrays) as temporary:
-            found = decode(pictures, np.lib.format.open_memmap(temporary, "w+", np.uint8, shape), title)
+            found = fill(np.lib.format.open_memmap(temporary, "w+", np.uint8, shape))
         with atomic_path(labels) as temporary:  # written last: where it is, both are whole
             temporary.write_text(json.dumps(found))
     return _image_set(np.load(arrays, mmap_mode="c"), json.loads(labels.read_text()), class_names)
@@ -98,13 +130,35 @@ class Parts:
     "What a publisher gives: pictures of up to three splits (`train`, `val`, `test`), and the names of the classes."
     pictures: Mapping[str, Pictures]
     class_names: tuple[str, ...]
+    homes: tuple[Path, ...] = ()  # folders whose files determine the pictures; without any, give each set a cache of its own
 
 
-def _held_out(full: ImageSet, share: float, rng: torch.Generator) -> tuple[ImageSet, ImageSet]:
-    held, rest = stratified_split(full.labels, round(share * len(full)), rng)
-    return full.subset(rest), full.subset(held)
+def _fingerprint(parts: Parts) -> str:
+    "A digest of the classes, and of the name, size and time of change of every file below the homes."
+    found = hashlib.sha256(repr(parts.class_names).encode())
+    for home in parts.homes:
+        for folder, below, files in os.walk(home.resolve(), followlinks=True):
+            below.sort()
+            for path in (os.path.join(folder, name) for name in sorted(files)):
+                state = os.stat(path) if os.path.exists(path) else os.lstat(path)
+                found.update(os.fsencode(f"{path}\0{state.st_size}\0{state.st_mtime_ns}\0"))
+    return found.hexdigest()[:12]
 
 
+def _chosen(full: ImageSet, rows: torch.Tensor, cache: Path | None, title: str) -> ImageSet:
+    "The images at `rows`, in memory or in a file beside `cache`, the file of them all."
+    if cache is None:
+        return full.subset(rows)
+
+    def copy(out: np.ndarray) -> list[int]:
+        for start in tqdm(range(0, len(rows), 256), desc=f"{title}: copying", disable=None):
+            out[start:start + 256] = full.images[rows[start:start + 256]].numpy()
+        return full.labels[rows].tolist()
+
+    place = cache.with_name(f"{cache.name}-{hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:12]}")
+    return _mapped(place, (len(rows), *full.image_shape), copy, full.class_names)
+
+# %% ../nbs/03b_datasets.ipynb #51a5615b
 def split_parts(
     parts: Parts,
     size: int,  # pixels
@@ -115,16 +169,29 @@ def split_parts(
     title: str = "images",
     channels: int = 3,  # 3, or 1 for grey
 ) -> Splits:
-    "The three splits; raises `ValueError` if a share leaves a part empty."
-    place = lambda split: cache and cache / f"{split}-{size}x{channels}-{len(parts.pictures[split])}"
+    """The three splits; every class keeps an image in `train`.
+
+    Raises `ValueError` if a share leaves a part empty or `cache` lies in one of the `homes`, and what `read_pictures` raises.
+    """
+    for home in parts.homes if cache else ():
+        if cache.resolve().is_relative_to(home.resolve()):
+            raise ValueError(f"cache={cache} lies in {home}, where it would be taken for a part of the data set; put it elsewhere")
+    state = _fingerprint(parts) if cache else ""
+    place = {
+        split: cache and cache / f"{split}-{size}x{channels}-{len(pictures)}-{state}" for split, pictures in parts.pictures.items()
+    }
     found = {
-        split: read_pictures(pictures, parts.class_names, size, place(split), f"{title}/{split}", channels)
+        split: read_pictures(pictures, parts.class_names, size, place[split], f"{title}/{split}", channels)
         for split, pictures in parts.pictures.items()
     }
-    if "test" not in found:
-        found["train"], found["test"] = _held_out(found["train"], test, rng_for(seed, f"{title}/test"))
-    if "val" not in found:
-        found["train"], found["val"] = _held_out(found["train"], val, rng_for(seed, f"{title}/val"))
+    full, rows = found["train"], {"train": torch.arange(len(found["train"]))}
+    for split, share in {"test": test, "val": val}.items():
+        if split not in found:
+            labels, rng = full.labels[rows["train"]], rng_for(seed, f"{title}/{split}")
+            held, rest = split_off(labels, round(share * len(labels)), rng)
+            rows |= {split: rows["train"][held], "train": rows["train"][rest]}
+    if len(rows) > 1:
+        found |= {split: _chosen(full, index, place["train"], f"{title}/{split}") for split, index in rows.items()}
     return Splits(**found)
 
 # %% ../nbs/03b_datasets.ipynb #8de2a0f7
@@ -132,51 +199,82 @@ def _names(pictures: Pictures) -> tuple[str, ...]:
     return tuple(map(str, getattr(pictures, "classes", None) or getattr(pictures, "categories", ())))
 
 
-def _official(build: Callable[..., Pictures], folder: Path, **splits: str) -> Parts:
-    "Splits that torchvision selects by the argument `split`."
+def _official(build: Callable[..., Pictures], home: str, folder: Path, **splits: str) -> Parts:
+    "Splits that torchvision selects by the argument `split`; `home` is the folder that it wants below `folder`."
     pictures = {ours: build(folder, split=theirs) for ours, theirs in splits.items()}
-    return Parts(pictures, _names(pictures["train"]))
+    return Parts(pictures, _names(pictures["train"]), (folder / home,))
 
 
 def _caltech101(folder: Path) -> Parts:
     pictures = tv.Caltech101(folder)
-    return Parts({"train": pictures}, _names(pictures))
+    return Parts({"train": pictures}, _names(pictures), (folder / "caltech101",))
 
 
-def _cifar(build: Callable[..., Pictures], folder: Path) -> Parts:
+def _cifar(build: type[tv.CIFAR10], folder: Path) -> Parts:
     pictures = {"train": build(folder, train=True), "test": build(folder, train=False)}
-    return Parts(pictures, _names(pictures["train"]))
+    return Parts(pictures, _names(pictures["train"]), (folder / build.base_folder,))
 
 
 def _flowers(folder: Path) -> Parts:
     pictures = {split: tv.Flowers102(folder, split=split) for split in ("train", "val", "test")}
-    return Parts(pictures, _names(pictures["train"]) or tuple(f"flower {k}" for k in range(1, 103)))
+    names = _names(pictures["train"]) or tuple(f"flower {k}" for k in range(1, 103))
+    return Parts(pictures, names, (folder / "flowers-102",))
+
+# %% ../nbs/03b_datasets.ipynb #c73dc9a2
+_SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "test", "testing")
+
+
+def _split_folders(folder: Path) -> list[str]:
+    "Sub-folders named like splits; raises `ValueError` if they are not `train` with or without `val` and `test`."
+    found = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name.lower() in _SPLIT_NAMES)
+    if found and ("train" not in found or not {"train", "val", "test"}.issuperset(found)):
+        raise ValueError(
+            f"{folder} has the folders {', '.join(found)}, which are named like splits; expected train, with or without val and "
+            "test. Rename them; if they are classes, put all class folders into a folder train"
+        )
+    return found
+
+
+def _picture(path: str) -> Image.Image:
+    with Image.open(path) as picture:
+        return _eight_bits(picture).convert("RGB")
+
+
+def _own(folder: Path) -> Parts:
+    "A folder per class, or those below `train`, `val` and `test`."
+    if _split_folders(folder):
+        return _class_folders(folder, train="train", val="val", test="test")
+    pictures = tv.ImageFolder(folder, loader=_picture)
+    return Parts({"train": pictures}, tuple(pictures.classes), (folder,))
 
 
 def _class_folders(folder: Path, **names: str) -> Parts:
     "A folder per class below each of `names`."
-    pictures = {split: tv.ImageFolder(folder / name) for split, name in names.items() if (folder / name).is_dir()}
-    if "train" not in pictures:
-        pictures = {"train": tv.ImageFolder(folder)}
+    there = _split_folders(folder)
+    homes = {split: folder / name for split, name in names.items() if name in there}
+    if "train" not in homes:
+        raise FileNotFoundError(f"there is no folder {names['train']} in it")
+    pictures = {split: tv.ImageFolder(home, loader=_picture) for split, home in homes.items()}
     classes = {split: tuple(part.classes) for split, part in pictures.items()}
     if len(set(classes.values())) > 1:
         sizes = ", ".join(f"{split} {len(names)}" for split, names in classes.items())
         raise ValueError(f"{folder}: its splits have different class folders ({sizes}); give every split the same ones")
-    return Parts(pictures, classes["train"])
+    return Parts(pictures, classes["train"], tuple(homes.values()))
 
 # %% ../nbs/03b_datasets.ipynb #f332b2b8
 OPENERS: dict[str, Callable[[Path], Parts]] = {
     "caltech101": _caltech101,
     "cifar10": partial(_cifar, tv.CIFAR10),
     "cifar100": partial(_cifar, tv.CIFAR100),
-    "dtd": partial(_official, tv.DTD, train="train", val="val", test="test"),
+    "dtd": partial(_official, tv.DTD, "dtd", train="train", val="val", test="test"),
     "flowers102": _flowers,
-    "food101": partial(_official, tv.Food101, train="train", test="test"),
-    "pets": partial(_official, tv.OxfordIIITPet, train="trainval", test="test"),
-    "aircraft": partial(_official, partial(tv.FGVCAircraft, annotation_level="family"), train="train", val="val", test="test"),
-    "stanford-cars": partial(_official, tv.StanfordCars, train="train", test="test"),
+    "food101": partial(_official, tv.Food101, "food-101", train="train", test="test"),
+    "pets": partial(_official, tv.OxfordIIITPet, "oxford-iiit-pet", train="trainval", test="test"),
+    "aircraft": partial(_official, partial(tv.FGVCAircraft, annotation_level="family"), "fgvc-aircraft-2013b",
+                        train="train", val="val", test="test"),
+    "stanford-cars": partial(_official, tv.StanfordCars, "stanford_cars", train="train", test="test"),
     "imagenet": partial(_class_folders, train="train", test="val"),
-    "folder": partial(_class_folders, train="train", val="val", test="test"),
+    "folder": _own,
 }
 
 # %% ../nbs/03b_datasets.ipynb #fea39aaa
@@ -187,10 +285,14 @@ def load_pictures(
     val: float = 0.1,  # as in `split_parts`
     test: float = 0.2,
     seed: int = 0,
-    cache: str | Path | None = None,  # folder for decoded bytes, for sets that do not fit into memory
+    cache: str | Path | None = None,  # folder for decoded bytes, for sets that do not fit into memory; renewed when files change
     channels: int = 3,  # 3, or 1 for grey
 ) -> Splits:
-    "The set `name`; raises `KeyError` for an unknown name, `DataUnavailableError` if the folder does not hold it."
+    """The set `name`.
+
+    Raises `KeyError` for an unknown name, `DataUnavailableError` if the folder does not hold it, `ValueError` for folders
+    that cannot be told apart into splits and classes, and what `split_parts` raises.
+    """
     if name not in OPENERS:
         raise KeyError(f"name={name!r} is unknown; choose one of {', '.join(OPENERS)}")
     folder = Path(folder)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Labelled', 'DECAYS', 'NEIGHBOURS', 'SHARES', 'features', 'ProbeResult', 'SoftmaxRegression', 'linear_probe',
-           'sgd_probe', 'knn', 'few_label_probe', 'judge', 'judge_layers', 'transfer', 'Interval',
+           'sgd_probe', 'knn', 'few_labels', 'few_label_probe', 'judge', 'judge_layers', 'transfer', 'Interval',
            'confidence_interval', 'paired_difference', 'alignment_uniformity', 'effective_rank', 'geometry']
 
 # %% ../nbs/10_evaluate.ipynb #6f71a461
@@ -235,27 +235,34 @@ def _knn_accuracies(train: Labelled, queries: Labelled, ks: Sequence[int], block
     return (right / len(queries[1])).tolist()
 
 # %% ../nbs/10_evaluate.ipynb #f3aa869b
+def few_labels(
+    labels: Tensor,  # (N,)
+    share: float,  # of them, in (0, 1)
+    draws: int = 3,  # subsets, drawn independently
+    seed: int = 0,
+) -> list[Tensor]:
+    "Positions of the labels of each draw; `ValueError` if the share leaves a class without an example."
+    n, classes = round(share * len(labels)), len(labels.unique())
+    if not 0 < share < 1 or n < classes:
+        raise ValueError(f"share={share} of {len(labels)} labels is {n} for {classes} classes; choose more, below 1, or none")
+    chosen = [stratified_split(labels, n, rng_for(seed, "few-labels", step=draw))[0] for draw in range(draws)]
+    if min(len(labels[draw].unique()) for draw in chosen) < classes:
+        raise ValueError(f"share={share} of {len(labels)} labels leaves out a rare class; choose more, or none")
+    return chosen
+
+
 def few_label_probe(
     train: Labelled,
     val: Labelled,
     test: Labelled,
-    share: float,  # of the training labels, in (0, 1]
+    share: float,  # of the training labels, in (0, 1)
     draws: int = 3,  # subsets, drawn independently
     seed: int = 0,
 ) -> list[ProbeResult]:
-    "A linear probe per draw of labels; raises `ValueError` if the share leaves a class without an example."
+    "A linear probe per draw of `few_labels`, with its errors."
     _check_labelled(train=train, val=val, test=test)
     x, y = train
-    n, classes = round(share * len(y)), len(y.unique())
-    if not 0 < share < 1 or n < classes:
-        raise ValueError(f"share={share} of {len(y)} labels is {n} for {classes} classes; choose more, below 1")
-    results = []
-    for draw in range(draws):
-        chosen, _ = stratified_split(y, n, rng_for(seed, "few-labels", step=draw))
-        if len(y[chosen].unique()) < classes:
-            raise ValueError(f"share={share} of the labels leaves out a rare class; choose more")
-        results.append(linear_probe((x[chosen], y[chosen]), val, test))
-    return results
+    return [linear_probe((x[chosen], y[chosen]), val, test) for chosen in few_labels(y, share, draws, seed)]
 
 # %% ../nbs/10_evaluate.ipynb #07f1e7b4
 SHARES = {"linear_1pct": 0.01, "linear_10pct": 0.1}
@@ -268,7 +275,12 @@ def judge(
     seed: int = 0,  # of the draws of few labels
     shares: Mapping[str, float] = SHARES,  # name -> share of the labels
 ) -> pd.DataFrame:
-    "Columns probe, dataset, split (val, test), accuracy in `[0, 1]`; few-label probes are means over their draws."
+    """Columns probe, dataset, split (val, test), accuracy in `[0, 1]`; few-label probes are means over their draws.
+
+    `ValueError`, before anything is computed, for a share that leaves a class without an example.
+    """
+    for share in shares.values():
+        few_labels(splits.train.labels, share, seed=seed)
     parts = {name: getattr(splits, name) for name in ("train", "val", "test")}
     data = {name: (features(encoder, part), part.labels) for name, part in parts.items()}
     results = {"linear": [linear_probe(**data)], "knn": [knn(**data)]}

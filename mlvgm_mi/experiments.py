@@ -84,14 +84,14 @@ class Profile:
     across: dict[str, dict[str, list[str]]] = field(default_factory=dict)  # more runs: objective -> source -> augmentations
     train_of: dict[str, dict[str, Any]] = field(default_factory=dict)  # objective -> what it changes in `train`
     rates: dict[str, list[float]] = field(default_factory=dict)  # objective -> learning rates, if an encoder may choose one
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)  # objective -> its arguments, where not the usual ones
     replays: list[int] = field(default_factory=list)  # times that each anchor is used, in the comparison with fixed sets
 
     @property
     def encoders(self) -> list[Run]:
         "All runs of the comparison of sources."
-        grid = {objective: self.sources for objective in self.objectives} | self.across
-        return [Run(source, objective, t_x, seed) for objective, sources in grid.items()
-                for source, augmentations in sources.items() for t_x in augmentations for seed in self.seeds]
+        grid = ({objective: self.sources for objective in self.objectives} | self.across).items()
+        return [Run(source, o, t_x, seed) for o, rows in grid for source, ts in rows.items() for t_x in ts for seed in self.seeds]
 
     def train_for(self, run: Run) -> dict[str, Any]:
         "Fields of `TrainConfig` for the objective of `run`."
@@ -105,10 +105,15 @@ class Profile:
 
 # %% ../nbs/10a_experiments.ipynb #78a673d6
 def load_profile(path: str | Path) -> Profile:
-    "The profile in a YAML file; `ValueError` naming the file and the key that is unknown or missing."
-    content = yaml.safe_load(Path(path).read_text())
+    "The profile in a YAML file; `ValueError` naming the file and what is wrong: no YAML, no keys, one unknown or missing."
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {type(content).__name__}, expected keys with values, such as `name: quick`")
     known = {f.name for f in fields(Profile)}
-    unknown = sorted(set(content) - known)
+    unknown = sorted(map(str, set(content) - known))
     if unknown:
         raise ValueError(f"{path}: unknown keys {', '.join(unknown)}; choose from {', '.join(sorted(known))}")
     try:
@@ -128,7 +133,7 @@ def lengthened(
 @dataclass(frozen=True, eq=False)
 class Materials:
     "What sources are made of; files are read at once. `ValueError` naming what is not there and how to make it."
-    images: ImageSet
+    images: ImageSet | None  # real ones; None: for sources that show none
     generator: Generator
     recipe: Recipe | str | Path | None = None  # of the guided sources
     uniform_sigma: float = 0.25  # of the uniform Gaussian, in units of the prior's standard deviation
@@ -329,13 +334,22 @@ def train_and_judge(
     encoder: Mapping[str, Any],  # arguments of `build_encoder`
     folder: str | Path,  # for checkpoints and the history
     shares: Mapping[str, float] | None = None,  # few-label probes, as in `judge`; None: none
+    options: Mapping[str, Any] | None = None,  # arguments of the objective, where not the usual ones
 ) -> pd.DataFrame:
     "Rows source, objective, t_x, seed, probe, dataset, split, accuracy in [0, 1]; resumes from `folder`."
     network = build_encoder(splits.train.image_shape[0], run.seed, **encoder)
-    module = Contrastive(network, OBJECTIVES[run.objective](network.num_features, seed=run.seed), config)
+    objective = OBJECTIVES[run.objective](network.num_features, seed=run.seed, **options or {})
+    module = Contrastive(network, objective, config)
     fit(module, source, checkpoint_folder=folder, checkpoint_every=500)
     frame = judge(module.encoder, splits, dataset, seed=run.seed, shares=shares or {}).assign(**asdict(run))
     return frame[[*asdict(run), "probe", "dataset", "split", "accuracy"]]
+
+# %% ../nbs/10a_experiments.ipynb #981511d2
+def _recorded(source: ContinuousViews, folder: Path, batches: int | None) -> Recorded:
+    "A source whose batches are kept in `folder`, all of its steps or so many of them again and again."
+    if batches is None or batches >= len(source):
+        return Recorded.of(source, folder)
+    return Recorded.of(replace(source, steps_per_epoch=batches), folder, epochs=1)
 
 # %% ../nbs/10a_experiments.ipynb #c5223b0d
 @dataclass(frozen=True, eq=False)
@@ -349,6 +363,7 @@ class Study:
     record: bool = True  # keep what is decoded, for runs that differ in augmentation or objective only
     shares: Mapping[str, float] = field(default_factory=dict)  # few-label probes, as in `judge`
     decoded: int | None = None  # batches; longer training augments them anew; None: as many as there are steps
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # objective -> its arguments, where not the usual ones
 
     def views(self, run: Run, materials: Materials, steps: int) -> ViewSource:
         "The batches of a run."
@@ -356,10 +371,8 @@ class Study:
         source = make_source(run.source, materials, run.t_x, **plan)
         if not (self.record and isinstance(source, ContinuousViews)):
             return source
-        folder = self.build / "decoded" / f"{run.source}-{run.seed}-{digest(self._drawn(run, materials))}"
-        if self.decoded is None or self.decoded >= steps:
-            return Recorded.of(source, folder)
-        return Recorded.of(replace(source, steps_per_epoch=self.decoded), folder, epochs=1)
+        name = f"{run.source}-{run.seed}-{digest(self._drawn(run, materials))}"
+        return _recorded(source, self.build / "decoded" / name, self.decoded)
 
     def _drawn(self, run: Run, materials: Materials) -> dict[str, Any]:
         return dict(source=run.source, materials=fingerprint(run.source, materials), batch_size=self.batch_size, seed=run.seed)
@@ -378,13 +391,14 @@ class Study:
         determines = self._drawn(run, materials) | dict(
             name=run.name, dataset=self.dataset, encoder=dict(self.encoder), train=dict(train), bytes=type(source).__name__,
             probe_images=[len(part) for part in (self.splits.train, self.splits.val, self.splits.test)], **self.shares)
-        determines |= {} if len(source) == config.steps else {"decoded": len(source)}
-        folder = self.work(stem)
-        compute = lambda: train_and_judge(run, source, self.splits, self.dataset, config, self.encoder, folder, self.shares)
-        return cell(self.build / "cells" / f"{stem}.csv", determines, compute, also_in)
+        options = self.options.get(run.objective, {})
+        determines |= ({} if len(source) == config.steps else {"decoded": len(source)}) | ({"options": options} if options else {})
+        folder = self.work(stem) / digest(determines)  # what was begun with other materials is not taken up
+        judged = lambda: train_and_judge(run, source, self.splits, self.dataset, config, self.encoder, folder, self.shares, options)
+        return cell(self.build / "cells" / f"{stem}.csv", determines, judged, also_in)
 
     def work(self, stem: str) -> Path:
-        "Where the checkpoints and the history of a cell are."
+        "Where the checkpoints and the history of a cell are, in a folder for each key."
         return self.build / "work" / stem
 
 # %% ../nbs/10a_experiments.ipynb #1b1f41d6

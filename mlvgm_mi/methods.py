@@ -143,7 +143,10 @@ class MVDHEL(Contrast):
 
 # %% ../nbs/08d_methods.ipynb #f6243204
 class SupCon(Contrast):
-    "Supervised contrastive loss with no hidden factor, see `objectives.supcon`; without labels SimCLR with V - 1 positives."
+    """Supervised contrastive loss with no hidden factor, see `objectives.supcon`; without labels SimCLR with V - 1 positives.
+
+    Sources of views know no labels, so in `fit` it is that; call it with labels in a loop of your own.
+    """
 
     def forward(
         self,

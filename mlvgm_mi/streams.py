@@ -13,6 +13,7 @@ from collections import deque
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from .checkpoints import atomic_path
-from .views import ContinuousViews, ViewSource, draw_views
+from .views import ContinuousViews, ViewSource, draw_views, loader_steps
 
 # %% ../nbs/08b_streams.ipynb #14eb27c4
 @dataclass(eq=False)
@@ -59,6 +60,12 @@ class Replayed(ContinuousViews):
         "The anchors and the positives of one step of their life."
         turn = range(1 + age * (self.views - 1), 1 + (age + 1) * (self.views - 1))
         return cohort[:, [0, *turn]]
+
+    def to(self, device: str | torch.device) -> "Replayed":
+        "Moves the generator and the learned steps, in place. Cohorts that were born elsewhere are decoded anew."
+        self._cohorts = {}
+        super().to(device)
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_cohorts": {}}
@@ -100,7 +107,7 @@ _DIED = ("the worker that makes batches has died: it was killed, ran out of memo
 
 
 class _Wrapper(IterableDataset):
-    "Length, epochs and iteration of `source`."
+    "Length, epochs, iteration and place of `source`."
 
     source: ViewSource
 
@@ -116,8 +123,17 @@ class _Wrapper(IterableDataset):
         return len(self.source)
 
     def __iter__(self) -> Iterator[Tensor]:
-        epoch = self.source.epoch
-        return (self.batch(step, epoch) for step in range(len(self)))
+        return map(self.batch, loader_steps(len(self)), repeat(self.source.epoch))
+
+    def identity(self) -> Any:
+        "That of the source: the batches are the same."
+        return self.source.identity() if hasattr(self.source, "identity") else None
+
+    def to(self, device: str | torch.device) -> "_Wrapper":
+        "Moves the source, in place, if it can be moved."
+        if hasattr(self.source, "to"):
+            self.source.to(device)
+        return self
 
 # %% ../nbs/08b_streams.ipynb #ee186042
 class _Queue:
@@ -155,7 +171,9 @@ class _Queue:
 class Prefetched(_Wrapper):
     """The batches of `source`, made `ahead` of time in the background; close it, or use it as a context.
 
-    An error of the worker is raised where its batch is asked for. `RuntimeError` if the worker itself has died.
+    Move it, not its source, to another device. The workers of a loader share the steps and make none ahead. An error of
+    the worker is raised where its batch is asked for. `ValueError` if `ahead` is not positive. `RuntimeError` if the worker
+    itself has died.
     """
 
     def __init__(
@@ -163,7 +181,7 @@ class Prefetched(_Wrapper):
         source: ViewSource,
         ahead: int = 2,  # batches that wait at most
         worker: Callable[[ViewSource], Executor] = in_thread,  # or `in_process`, or your own
-        device: torch.device | str | None = None,  # where batches are brought; None: they stay where they are made
+        device: torch.device | str | None = None,  # where batches are brought; `to` moves the source only if it is None
     ):
         if ahead < 1:
             raise ValueError(f"ahead={ahead} must be at least 1; use the source itself to make batches when they are needed")
@@ -181,10 +199,9 @@ class Prefetched(_Wrapper):
             raise RuntimeError(_DIED) from error
 
     def _start(self) -> _Queue:
-        executor = self.worker(self.source)
-        weakref.finalize(self, executor.shutdown, wait=False, cancel_futures=True)
-        self._queue = _Queue(executor, self.device)
-        return self._queue
+        self._queue = queue = _Queue(self.worker(self.source), self.device)
+        weakref.finalize(self, queue.executor.shutdown, wait=False, cancel_futures=True)
+        return queue
 
     def close(self) -> None:
         "Ends the worker, after the batch it is making; asking for a batch starts another."
@@ -192,6 +209,17 @@ class Prefetched(_Wrapper):
             self._queue.drop()
             self._queue.executor.shutdown(wait=True, cancel_futures=True)
             self._queue = None
+
+    def to(self, device: str | torch.device) -> "Prefetched":
+        """Moves the source, in place, unless you chose a `device`: then it stays where you put it.
+
+        A running worker ends after the batch it is making; the next batch asked for starts another, with the moved source,
+        so none is lost. A `worker` of your own that places the source itself has the last word.
+        """
+        if self.device is None:
+            self.close()
+            super().to(device)
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_queue": None}
@@ -207,23 +235,36 @@ class Prefetched(_Wrapper):
 class Recorded(ViewSource):
     """The batches of `source`, rounded to bytes and kept in `folder`, one file each; whoever comes second reads.
 
-    `ValueError` if not even one epoch is to be decoded.
+    `ValueError` if not even one epoch is to be decoded, if rows or views are not those of the source, or if a file in the
+    folder has others.
     """
     source: ViewSource
     folder: Path | str = field(kw_only=True)  # for this source, seed and batch size alone
     epochs: int | None = field(default=None, kw_only=True)  # that are decoded; later ones augment these anew; None: all
+    no_matter = (*ViewSource.no_matter, "folder")
 
     def __post_init__(self):
         super().__post_init__()
         if self.epochs is not None and self.epochs < 1:
             raise ValueError(f"epochs={self.epochs} must be at least 1; None decodes every epoch")
+        if (self.batch_size, self.views) != (self.source.batch_size, self.source.views):
+            raise ValueError(f"batch_size={self.batch_size} and views={self.views}, but the source that is recorded has "
+                             f"{self.source.batch_size} and {self.source.views}; change the source and record it in a folder "
+                             "of its own, and to mix, mix first and record the mixture")
 
     @classmethod
     def of(cls, source: ViewSource, folder: Path | str, epochs: int | None = None) -> "Recorded":
-        "With all settings of `source`."
-        names = ("augment", "batch_size", "views", "seed", "rank", "world_size")
-        settings = {name: getattr(source, name) for name in names}
+        "With all settings of `source`. `TypeError` for what is no `ViewSource`, as `Prefetched`."
+        if not isinstance(source, ViewSource):
+            raise TypeError(f"source is a {type(source).__name__}, but only a ViewSource draws views that are not augmented "
+                            "yet; record first, then wrap the recording, as in Prefetched(Recorded.of(source, folder))")
+        settings = {name: getattr(source, name) for name in ("augment", "batch_size", "views", "seed", "rank", "world_size")}
         return cls(source, folder=folder, epochs=epochs, steps_per_epoch=len(source), **settings)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int] | None:
+        "`(C, H, W)` of the views, if the source knows it."
+        return self.source.image_shape
 
     def draw(self, step: int, epoch: int) -> Tensor:
         "The views of a batch, read or drawn."
@@ -234,7 +275,11 @@ class Recorded(ViewSource):
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_path(path) as temporary, open(temporary, "wb") as file:
                 np.save(file, drawn.numpy())
-        return torch.from_numpy(np.load(path)).float() / 255
+        views = np.load(path)
+        if views.shape[:2] != (self.batch_size, self.views):
+            raise ValueError(f"{path} has shape {views.shape}, expected {self.batch_size} rows of {self.views} views; it is of "
+                             "another source, so give this one a folder of its own")
+        return torch.from_numpy(views).float() / 255
 
     def to(self, device: torch.device | str) -> "Recorded":
         "Moves the source; recorded batches are read on the CPU."

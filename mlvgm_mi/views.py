@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['AUGMENTATIONS', 'Operation', 'RandomResizedCrop', 'HorizontalFlip', 'Grayscale', 'ColorJitter', 'Augmentation',
-           'ViewSource', 'view_loader', 'RealViews', 'draw_views', 'ContinuousViews', 'FixedViews', 'MixedViews',
-           'mixed']
+           'Identified', 'ViewSource', 'loader_steps', 'view_loader', 'RealViews', 'draw_views', 'ContinuousViews',
+           'FixedViews', 'MixedViews', 'mixed']
 
 # %% ../nbs/08_views.ipynb #d46810ac
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache, partial
-from typing import Any, Callable, Iterator, Protocol
+from itertools import repeat
+from typing import Any, Callable, ClassVar, Iterator, Protocol
 
 import torch
 from torch import Tensor, distributed, nn
@@ -171,9 +172,20 @@ AUGMENTATIONS: dict[str, Augmentation] = {
     "simclr": Augmentation(RandomResizedCrop(), HorizontalFlip(), ColorJitter(), Grayscale()),
 }
 
+# %% ../nbs/08_views.ipynb #1738f36b
+class Identified:
+    "Base class of data classes whose fields say what they compute."
+
+    no_matter = ("rank", "world_size")  # fields on which that does not depend
+
+    def identity(self) -> dict[str, Any]:
+        "Class and fields, for `cells.described`."
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self.no_matter}
+        return {"source": type(self).__qualname__} | own
+
 # %% ../nbs/08_views.ipynb #6861f10c
 @dataclass(eq=False, kw_only=True)
-class ViewSource(IterableDataset):
+class ViewSource(Identified, IterableDataset):
     """Base class: batches `(B, V, C, H, W)`, floats in `[0, 1]`, that depend on seed, epoch, step and rank alone.
 
     Use with `view_loader`, and call `set_epoch` before each epoch. `ValueError` for fewer than two anchors or views.
@@ -185,6 +197,7 @@ class ViewSource(IterableDataset):
     steps_per_epoch: int | None = None  # batches in an epoch, on each rank
     rank: int = 0  # this process; torch.distributed knows better if it is initialised
     world_size: int = 1
+    image_shape: ClassVar[tuple[int, int, int] | None] = None  # (C, H, W) of the views, in sources that know it beforehand
 
     def __post_init__(self):
         _check_plan(self)
@@ -214,6 +227,10 @@ class ViewSource(IterableDataset):
         "Moves what makes the batches, in place: once for each rank, before training. What is stored stays where it is."
         return self
 
+    def with_batch_size(self, batch_size: int) -> "ViewSource":
+        "The same source with batches of another size. `ValueError` if it cannot give them."
+        return replace(self, batch_size=batch_size)
+
     @property
     def epoch(self) -> int:
         "The epoch of the next iteration."
@@ -227,13 +244,10 @@ class ViewSource(IterableDataset):
         return self.steps_per_epoch
 
     def __iter__(self) -> Iterator[Tensor]:
-        worker, epoch = get_worker_info(), self.epoch
-        first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        return (self.batch(step, epoch) for step in range(first, len(self), stride))
+        return map(self.batch, loader_steps(len(self)), repeat(self.epoch))
 
     def __getstate__(self) -> dict[str, Any]:
-        rank, world_size = self.place()
-        return self.__dict__ | {"rank": rank, "world_size": world_size}
+        return self.__dict__ | dict(zip(("rank", "world_size"), self.place()))
 
 # %% ../nbs/08_views.ipynb #25c18240
 def _check_plan(source: ViewSource) -> None:
@@ -243,6 +257,14 @@ def _check_plan(source: ViewSource) -> None:
             raise ValueError(f"{name}={value} must be at least {low}; contrast needs 2 anchors with 2 views each")
     if not 0 <= source.rank < source.world_size:
         raise ValueError(f"rank={source.rank} must lie between 0 and world_size - 1 = {source.world_size - 1}")
+
+
+def loader_steps(
+    steps: int,  # in an epoch
+) -> range:
+    "The steps that are made here: all of them, or in one of `n` workers of a loader every `n`-th."
+    worker = get_worker_info()
+    return range(worker.id, steps, worker.num_workers) if worker else range(steps)
 
 
 def view_loader(
@@ -262,6 +284,11 @@ class _StoredViews(ViewSource):
     "Epoch-wise sampling of `self.stored`, `(N, V, C, H, W)` bytes."
 
     stored: Tensor
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        "`(C, H, W)` of the views."
+        return tuple(self.stored.shape[2:])
 
     def _batches(self) -> int:
         "Whole batches of every rank in one lap through the set; `ValueError` if it holds none."
@@ -333,6 +360,11 @@ class ContinuousViews(ViewSource):
         "Where batches are made: with the generator."
         return _device(self.generator)
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        "`(C, H, W)` of the views."
+        return tuple(self.generator.image_shape)
+
     def to(self, device: str | torch.device) -> "ContinuousViews":
         "Moves the generator and the learned steps, in place: once for each rank, before training."
         for part in (self.generator, *self.perturb.steps.values()):
@@ -387,14 +419,32 @@ def _chunk_stream(name: str, seed: int, chunk: int, device: torch.device) -> tor
 # %% ../nbs/08_views.ipynb #979f6c1a
 @dataclass(eq=False)
 class MixedViews(ViewSource):
-    "Batches whose first rows come from `real` and whose last rows come from `generated`; made by `mixed`."
+    """Batches whose first rows come from `real` and whose last rows come from `generated`; made by `mixed`.
+
+    `ValueError` unless both have as many views as the mixture, images of one shape, and `batch_size` rows together.
+    """
     real: ViewSource
     generated: ViewSource
 
+    def __post_init__(self):
+        super().__post_init__()
+        _check_parts(self)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int] | None:
+        "`(C, H, W)` of the views, if one of the parts knows it."
+        return self.real.image_shape or self.generated.image_shape
+
     def draw(self, step: int, epoch: int) -> Tensor:
-        "The rows of both, one after the other."
-        generated = self.generated.draw(step, epoch)
-        return torch.cat([self.real.draw(step, epoch).to(generated), generated])
+        "The rows of both, one after the other. `ValueError` if a part drew other rows, views or images than it has to."
+        generated = _drawn("generated", self.generated, step, epoch)
+        real = _drawn("real", self.real, step, epoch)
+        _check_shapes(tuple(real.shape[2:]), tuple(generated.shape[2:]))
+        return torch.cat([real.to(generated), generated])
+
+    def with_batch_size(self, batch_size: int) -> "MixedViews":
+        "The same mixture with batches of another size, shared out anew."
+        return replace(self, **_parts(self.real, self.generated, batch_size, self.generated.batch_size / self.batch_size))
 
     def to(self, device: str | torch.device) -> "MixedViews":
         "Moves both parts."
@@ -405,18 +455,54 @@ class MixedViews(ViewSource):
 
 def mixed(
     real: ViewSource,
-    generated: ViewSource,
-    share: float,  # of the rows that are generated
+    generated: ViewSource,  # of any batch size
+    share: float,  # of the rows that are generated, between 0 and 1
 ) -> MixedViews:
     """Batches of `real.batch_size`, a `share` of them generated; all other settings are those of `real`.
 
-    `ValueError` if one of the two would give fewer than two rows, or their numbers of views differ.
+    `TypeError` for what is no `ViewSource`, as `Prefetched`. `ValueError` for a share that leaves one of the two fewer
+    than two rows, for a source that has one batch size only, and if numbers of views or shapes of images differ.
     """
-    rows = round(share * real.batch_size)
-    if not 2 <= rows <= real.batch_size - 2:
-        raise ValueError(f"share={share} gives {rows} generated rows of {real.batch_size}; both parts need at least 2")
-    if real.views != generated.views:
-        raise ValueError(f"real has {real.views} views of an anchor, generated {generated.views}; give both the same")
-    parts = replace(real, batch_size=real.batch_size - rows), replace(generated, batch_size=rows)
-    plan = {name: getattr(real, name) for name in ("augment", "batch_size", "views", "seed", "rank", "world_size")}
-    return MixedViews(*parts, steps_per_epoch=len(real), **plan)
+    for name, source in {"real": real, "generated": generated}.items():
+        if not isinstance(source, ViewSource):
+            raise TypeError(f"{name} is a {type(source).__name__}, but only a ViewSource draws views that are not augmented "
+                            "yet; mix first, then wrap the mixture, as in Prefetched(mixed(real, generated, share))")
+    plan = {name: getattr(real, name) for name in ("augment", "views", "seed", "rank", "world_size")}
+    return MixedViews(steps_per_epoch=len(real), **plan, **_parts(real, generated, real.batch_size, share))
+
+# %% ../nbs/08_views.ipynb #d622d8a5
+def _parts(real: ViewSource, generated: ViewSource, batch_size: int, share: float) -> dict[str, Any]:
+    "The fields of `MixedViews` that depend on the batch size."
+    if not 0 < share < 1:
+        raise ValueError(f"share={share} must lie between 0 and 1; to leave one of the two out, use the other as it is")
+    rows = round(share * batch_size)
+    if not 2 <= rows <= batch_size - 2:
+        raise ValueError(f"share={share} gives {rows} generated rows of {batch_size}; both parts need at least 2")
+    parts = dict(real=real.with_batch_size(batch_size - rows), generated=generated.with_batch_size(rows))
+    return parts | dict(batch_size=batch_size)
+
+
+def _check_parts(mixture: MixedViews) -> None:
+    real, generated = mixture.real, mixture.generated
+    if not real.views == generated.views == mixture.views:
+        raise ValueError(f"real has {real.views} views of an anchor, generated {generated.views} and the mixture "
+                         f"{mixture.views}; give all the same")
+    if real.batch_size + generated.batch_size != mixture.batch_size:
+        raise ValueError(f"batch_size={mixture.batch_size}, but real gives {real.batch_size} rows and generated "
+                         f"{generated.batch_size}; change all three together by with_batch_size")
+    if real.image_shape and generated.image_shape:
+        _check_shapes(real.image_shape, generated.image_shape)
+
+
+def _check_shapes(real: tuple[int, ...], generated: tuple[int, ...]) -> None:
+    if real != generated:
+        raise ValueError(f"real has images of shape {real}, generated of {generated}; give both the same (C, H, W): resize "
+                         "the real images, or choose a generator of their shape")
+
+
+def _drawn(name: str, source: ViewSource, step: int, epoch: int) -> Tensor:
+    views = source.draw(step, epoch)
+    if tuple(views.shape[:2]) != (source.batch_size, source.views):
+        raise ValueError(f"{name} drew views of shape {tuple(views.shape)}, but has batch_size={source.batch_size} and "
+                         f"views={source.views}; its `draw` must give (batch_size, views, C, H, W)")
+    return views

@@ -1,10 +1,17 @@
 "Cells: keys, copies, and files that are whole or not there."
 
+from dataclasses import dataclass
+from functools import partial
+
 import pandas as pd
 import pytest
+import torch
 
-from mlvgm_mi.cells import cell, digest, weights_digest, write_frame
+from mlvgm_mi import cells
+from mlvgm_mi.cells import cell, described, digest, weights_digest, write_frame
 from mlvgm_mi.generators.core import load_generator
+from mlvgm_mi.perturb import Additive, Perturb
+from mlvgm_mi.views import AUGMENTATIONS
 
 
 def test_cells_are_keyed_by_what_determines_them(tmp_path):
@@ -56,3 +63,49 @@ def test_an_equal_frame_leaves_its_file_alone(tmp_path):
     write_frame(frame + 1, path)
     assert pd.read_csv(path).a.item() == 1 + 0.1 + 0.2
     assert [file.name for file in path.parent.iterdir()] == ["t.csv"]
+
+
+@dataclass
+class Setting:
+    "An object with a public and a private attribute."
+    value: object
+    _cache: int = 0
+
+
+class Speaking(Setting):
+    "Says itself what counts."
+
+    def identity(self):
+        return "always the same"
+
+
+def layer(seed):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return torch.nn.Linear(2, 2)
+
+
+def shifted(group, sigma):
+    return Perturb(load_generator("fashion-stylegan2").layout, {group: Additive(sigma)})
+
+
+@pytest.mark.parametrize(("one", "same", "other"), [
+    (1, 1, 2), ("a", "a", "b"), (None, None, 0), (0.5, 0.5, 0.25), ([1, 2], (1, 2), [2, 1]),
+    ({"a": 1, "b": 2}, {"b": 2, "a": 1}, {"a": 2, "b": 1}),
+    (torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(3, 2)), (torch.zeros(2), torch.zeros(2), torch.tensor([0.0, 1e-30])),
+    (layer(0), layer(0), layer(1)), (len, len, max),
+    (partial(round, ndigits=1), partial(round, ndigits=1), partial(round, ndigits=2)),
+    (Setting(1), Setting(1, _cache=3), Setting(2)), (Setting(Setting(1)), Setting(Setting(1)), Setting(Setting(2))),
+    (Speaking(1), Speaking(2), Setting(1)), (shifted("w0-1", 0.1), shifted("w0-1", 0.1), shifted("w0-1", 0.2)),
+    (shifted("w0-1", 0.1), shifted("w0-1", 0.1), shifted("w2-3", 0.1)),
+    (AUGMENTATIONS["simclr"], type(AUGMENTATIONS["simclr"])(*AUGMENTATIONS["simclr"].operations), AUGMENTATIONS["no_color"]),
+])
+def test_a_description_tells_values_apart(one, same, other):
+    assert digest(described(one)) == digest(described(same)) != digest(described(other))
+
+
+def test_of_large_tensors_a_part_is_read_that_reaches_the_end(monkeypatch):
+    monkeypatch.setattr(cells, "WHOLE_BYTES", 100)
+    one, other = torch.zeros(20_000), torch.zeros(20_000)
+    other[15_000:] = 1
+    assert described(one) != described(other)

@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from mlvgm_mi import contrastive
+from mlvgm_mi import cli, contrastive
 from mlvgm_mi.cli import app, main
 from mlvgm_mi.contrastive import Stream, save_encoder, small_resnet
 from mlvgm_mi.generators.core import load_generator
-from mlvgm_mi.perturb import EqualLoss, Recipe, SpareTop
+from mlvgm_mi.perturb import EqualLoss, Recipe, SpareTop, moves
 from mlvgm_mi.walkers import fresh_walkers, save_walkers
 
 RECIPE = Recipe({"w0-1": 0.1, "w2-3": 0.5, "w4-5": 1.0, "w6-7": 1.0})
@@ -110,6 +110,47 @@ def test_evaluate_reads_a_folder_of_pictures(tmp_path):
     assert "linear" in output and "1pct" not in output
 
 
+def test_few_labels_are_left_out_where_a_set_cannot_spare_them(tmp_path, capsys):
+    save_encoder(tmp_path / "encoder.safetensors", small_resnet(1, width=4, seed=0))
+    for label, n in ((label, n) for label in "ab" for n in range(40)):
+        path = tmp_path / "set" / label / f"{n}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (16, 16), 100 * (label == "b") + n).save(path)
+    words = ("evaluate", tmp_path / "encoder.safetensors", "--dataset", "folder", "--folder", tmp_path / "set", "--size", 16)
+    output = run(*words)
+    assert "linear_1pct is left out: share=0.01 of" in output and "linear_10pct " in output and "knn" in output
+
+
+def test_the_preset_can_be_overruled(tmp_path, monkeypatch):
+    seen = {}
+
+    def remember(module, source, out, every, workers, logs):
+        seen.update(views=source.views, batch_size=source.batch_size, lr=module.config.lr, workers=workers, moved=source.perturb)
+        raise ValueError("seen")
+
+    monkeypatch.setattr(cli, "fit", remember)
+    words = ["train", "--source", "group-gaussian", "--group-sigma", "w0-1=1e-1", "--group-sigma", "w6-7=2", "--views", "3",
+             "--batch-size", "64", "--lr", "0.8", "--workers", "2", "--out", str(tmp_path)]
+    with pytest.raises(ValueError, match="seen"):
+        run(*words)
+    assert moves(seen.pop("moved")) == {"w0-1": (1, 0.1), "w6-7": (1, 2.0)}
+    assert seen == dict(views=3, batch_size=64, lr=0.2, workers=2)
+
+
+def test_generated_views_need_no_real_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "load_dataset", lambda *_, **__: pytest.fail("loaded"))
+    run("train", "--source", "synthetic", "--steps", 2, "--batch-size", 8, "--out", tmp_path)
+
+
+def test_another_run_in_the_same_folder_is_refused(tmp_path):
+    words = ("train", "--dataset", "digits", "--steps", 2, "--batch-size", 8, "--out", tmp_path, "--source")
+    run(*words, "real")
+    others = {("synthetic",): "views", ("real", "--t-x", "simclr"): "views", ("real", "--objective", "dcl"): "objective"}
+    for other, named in others.items():
+        with pytest.raises(ValueError, match=f"other {named};"):
+            run(*words, *other)
+
+
 @pytest.mark.parametrize("words, message", [
     (("impact", "stylegan9"), "choose one of"),
     (("impact", "linear-gaussian", "--sigma-x", "0"), "sigma_x=0"),
@@ -119,6 +160,11 @@ def test_evaluate_reads_a_folder_of_pictures(tmp_path):
     (("train", "--source", "guided", "--dataset", "digits", "--out", "x"), "recipe=None"),
     (("train", "--source", "fake", "--dataset", "digits", "--out", "x"), "name='fake' is unknown"),
     (("train", "--source", "real", "--objective", "magic", "--dataset", "digits", "--out", "x"), "objective='magic'"),
+    (("train", "--source", "real", "--scale", "huge", "--dataset", "digits", "--out", "x"), "scale='huge'"),
+    (("train", "--source", "group-gaussian", "--group-sigma", "w0-1", "--out", "x"), "should read group=sigma"),
+    (("train", "--source", "real", "--dataset", "digits", "--checkpoint-every", "0", "--out", "x"), "checkpoint_every=0"),
+    (("train", "--source", "real", "--dataset", "cifar10", "--out", "x"), "folder"),
+    (("train", "--source", "real", "--dataset", "digits", "--folder", "there", "--out", "x"), "folder"),
     (("evaluate", "nowhere.safetensors", "--dataset", "digits"), "no such file"),
     (("reproduce",), "there is no Snakefile"),
 ])

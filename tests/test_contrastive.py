@@ -474,11 +474,55 @@ def test_damaged_checkpoints_are_passed_over(damage, how_many, tmp_path):
     assert_same(whole, resumed)
 
 
-@pytest.mark.parametrize("other, named", [(dict(seed=1), "weights"), (dict(lr=0.5), "lr"), (dict(warmup=1), "warmup")])
+@pytest.mark.parametrize("other, named", [
+    (dict(seed=1), "weights"), (dict(lr=0.5), "lr"), (dict(warmup=1), "warmup"),
+    (dict(objective=lambda: OBJECTIVES["dcl"](32)), "objective"),  # the same head, the same first weights
+    (dict(objective=lambda: SimCLR(32, temperature=0.5)), "objective"),
+])
 def test_the_folder_of_another_run_is_refused(other, named, tmp_path):
     fit(run(), Noise(), tmp_path)
     with pytest.raises(ValueError, match=f"other {named};"):
         fit(run(**other), Noise(), tmp_path)
+
+
+@dataclass
+class Named(Noise):
+    "Views that say what they are."
+    name: str = "one"
+
+    def identity(self):
+        return self.name
+
+
+def test_the_folder_of_other_views_is_refused(tmp_path):
+    history = fit(run(), Named(), tmp_path)
+    assert fit(run(), Named(), tmp_path).equals(history)
+    with pytest.raises(ValueError, match="other views;"):
+        fit(run(), Named(name="two"), tmp_path)
+
+
+def test_a_trained_module_is_not_trained_again_but_in_its_folder(tmp_path):
+    module = run()
+    history = fit(module, Noise(), tmp_path)
+    assert fit(module, Noise(), tmp_path).equals(history)
+    with pytest.raises(ValueError, match=f"trained for {STEPS} updates already"):
+        fit(module, Noise())
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (dict(checkpoint_every=0), "checkpoint_every=0 must be at least 1"),
+    (dict(trainer_options={"accumulate_grad_batches": 2}), "larger batches"),
+])
+def test_what_cannot_work_is_refused_before_training(wrong, message, tmp_path):
+    module = run()
+    with pytest.raises(ValueError, match=message):
+        fit(module, Noise(), tmp_path, **wrong)
+    assert not module.history and not list(tmp_path.iterdir())
+
+
+def test_views_are_drawn_without_a_logger_too(tmp_path):
+    fit(run(), Noise(), logs=tmp_path, trainer_options={"logger": False})
+    assert (tmp_path / "views.png").stat().st_size > 1000
 
 
 def test_global_state_and_output_stay_alone(tmp_path, capfd):

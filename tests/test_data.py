@@ -19,7 +19,7 @@ from mlvgm_mi import data
 from mlvgm_mi.data import (
     DATA_VARIABLE, DATASETS, FASHION_MNIST_CLASSES, FASHION_MNIST_FILES, DataUnavailableError, DebianPackage, Download,
     ImageSet, NamedFolder, NotHere, PackedFile, RouteError, Splits, UsualFolder, cache_folder, fashion_mnist_routes,
-    load_dataset, load_digits, load_fashion_mnist, obtain, read_idx, stratified_split,
+    load_dataset, load_digits, load_fashion_mnist, obtain, read_idx, split_off, stratified_split,
 )
 from mlvgm_mi.latents import rng_for
 
@@ -126,6 +126,34 @@ def test_splits_are_repeatable_and_differ_by_seed():
 def test_a_split_needs_two_parts(n):
     with pytest.raises(ValueError, match=f"n={n} must lie between 1 and 3"):
         stratified_split(LABELS, n, rng_for(0, "x"))
+
+
+@pytest.mark.parametrize("counts", [[600] * 10, [70, 20, 10], [333, 333, 334]])
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.5])
+def test_classes_of_many_images_are_split_off_alike(counts, share):
+    labels = torch.cat([torch.full((count,), k) for k, count in enumerate(counts)])
+    plain, careful = (split(labels, round(share * len(labels)), rng_for(0, "split")) for split in (stratified_split, split_off))
+    assert all(map(torch.equal, plain, careful))
+
+
+@pytest.mark.parametrize(("counts", "n"), [([22, 1, 27], 10), ([1, 1, 1, 9], 6), ([5, 2], 6), ([1] * 9 + [20], 25)])
+@pytest.mark.parametrize("seed", range(3))
+def test_no_class_loses_its_last_image(counts, n, seed):
+    labels = torch.cat([torch.full((count,), k) for k, count in enumerate(counts)])
+    labels = labels[torch.randperm(len(labels), generator=rng_for(seed, "mix"))]
+    taken = stratified_split(labels, n, rng_for(seed, "split"))[0]
+    held, rest = split_off(labels, n, rng_for(seed, "split"))
+    assert labels[rest].unique().tolist() == list(range(len(counts)))
+    back = sorted(set(taken.tolist()) - set(held.tolist()))
+    assert set(held.tolist()) <= set(taken.tolist()) and held.tolist() == sorted(held.tolist())
+    assert labels[back].unique().numel() == len(back)  # no more than one of each class
+    assert torch.equal(torch.cat([held, rest]).sort().values, torch.arange(len(labels)))
+    assert rest.tolist() == sorted(rest.tolist())
+
+
+def test_single_images_cannot_be_split_off():
+    with pytest.raises(ValueError, match=r"n=2 of 4 images leaves nothing .*\(classes \d, \d\).*at least 2 images"):
+        split_off(torch.arange(4), 2, rng_for(0, "x"))
 
 
 @pytest.fixture
@@ -423,6 +451,12 @@ def test_fashion_mnist_from_a_named_folder(tmp_path, monkeypatch, small_fashion,
     assert splits.val.labels.bincount().tolist() == [4] * 10
 
 
+def test_fashion_mnist_by_name_takes_a_folder_and_no_size(small_fashion):
+    assert len(load_dataset("fashion-mnist", folder=small_fashion, val=40).val) == 40
+    with pytest.raises(ValueError, match="size=32 is not taken by fashion-mnist; it takes folder, val, seed"):
+        load_dataset("fashion-mnist", folder=small_fashion, size=32)
+
+
 def test_the_rim_is_black_and_the_middle_untouched(small_fashion):
     test = load_fashion_mnist(small_fashion, val=40).test
     raw = read_idx(gzip.decompress((small_fashion / FASHION_MNIST_FILES[2].name).read_bytes()))
@@ -554,3 +588,32 @@ def test_load_dataset(monkeypatch):
         load_dataset("mnist")
     monkeypatch.setitem(DATASETS, "mine", lambda size=1: size)
     assert load_dataset("mine", size=7) == 7
+
+
+def test_an_unknown_name_says_where_more_are_registered():
+    with pytest.raises(KeyError, match="'cifar10000' is no known .*import mlvgm_mi.datasets"):
+        load_dataset("cifar10000")
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({}, r"folder=\.\.\. is needed by mine"), ({"folder": None}, r"folder=\.\.\. is needed by mine"),
+    ({"folder": "here", "colour": 3}, "colour=3 is not taken by mine; it takes folder, size"),
+])
+def test_arguments_that_do_not_fit_are_named(options, message, monkeypatch):
+    monkeypatch.setitem(DATASETS, "mine", partial(lambda name, folder, *, size=1: (name, folder, size), "mine"))
+    with pytest.raises(ValueError, match=message):
+        load_dataset("mine", **options)
+    assert load_dataset("mine", folder="here") == ("mine", "here", 1)
+
+
+@pytest.mark.parametrize("name", ["digits", "none"])
+def test_a_folder_given_in_vain_is_named(name, monkeypatch):
+    monkeypatch.setitem(DATASETS, "none", lambda: None)
+    takes = {"digits": "seed, val, test", "none": "nothing"}[name]
+    with pytest.raises(ValueError, match=f"folder='here' is not taken by {name}; it takes {takes}"):
+        load_dataset(name, folder="here")
+
+
+def test_a_loader_may_take_whatever_is_given(monkeypatch):
+    monkeypatch.setitem(DATASETS, "greedy", lambda **options: options)
+    assert load_dataset("greedy", folder="here") == {"folder": "here"}

@@ -1,7 +1,9 @@
 "Labelled sets of the paper: a tiny fixture in the layout of each publisher, damage, caches, splits."
 import hashlib
 import json
+import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from mlvgm_mi.data import DATASETS, DataUnavailableError, load_dataset
 from mlvgm_mi.datasets import OPENERS, Parts, load_pictures, read_pictures, split_parts, square
 
 SIZE = 16
+HELD_OUT = [[3, 15, 20], [1, 5, 7, 16, 19, 24, 36, 38]]  # of 40 pictures in two classes with seed 3
 
 
 def picture(path, label, number):
@@ -176,6 +179,12 @@ def test_an_empty_folder_is_refused_with_advice(name, tmp_path):
         load_pictures(name, tmp_path)
 
 
+@pytest.mark.parametrize("name", OPENERS)
+def test_a_set_without_its_folder_is_refused(name):
+    with pytest.raises(ValueError, match=rf"folder=\.\.\. is needed by {name}"):
+        load_dataset(name)
+
+
 def test_an_unknown_name_lists_the_known():
     with pytest.raises(KeyError, match="'birdsnap' is unknown.*caltech101"):
         load_pictures("birdsnap", "nowhere")
@@ -193,6 +202,67 @@ def test_splits_with_other_classes_are_refused(tmp_path):
     picture(tmp_path / "test" / "dog" / "0.png", 1, 0)
     with pytest.raises(ValueError, match="different class folders"):
         load_pictures("folder", tmp_path, SIZE)
+
+
+def layout(root, *folders):
+    "A picture in each of the folders."
+    for label, name in enumerate(folders):
+        picture(root / name / "0.png", label % 2, label)
+
+
+@pytest.mark.parametrize(("name", "folders", "found"), [
+    ("folder", ["val/cat", "test/cat"], "test, val"), ("folder", ["training/cat", "test/cat"], "test, training"),
+    ("folder", ["training/cat"], "training"), ("folder", ["Train/cat", "Test/cat"], "Test, Train"),
+    ("folder", ["cat", "valid", "dog"], "valid"), ("folder", ["train/cat", "testing/cat"], "testing, train"),
+    ("imagenet", ["val/cat", "val/dog"], "val"), ("imagenet", ["train/cat", "validation/cat"], "train, validation"),
+])
+def test_splits_are_not_taken_for_classes(name, folders, found, tmp_path):
+    layout(tmp_path, *folders)
+    with pytest.raises(ValueError, match=f"has the folders {found}, which are named like splits; expected train"):
+        load_pictures(name, tmp_path, SIZE)
+
+
+def test_imagenet_without_a_split_is_refused(tmp_path):
+    layout(tmp_path, "n01440764", "n01443537")
+    with pytest.raises(DataUnavailableError, match="imagenet: .*there is no folder train.*What to do"):
+        load_pictures("imagenet", tmp_path, SIZE)
+
+
+def test_unlabelled_test_images_beside_imagenet_are_let_be(tmp_path):
+    imagenet(tmp_path, None)
+    picture(tmp_path / "test" / "0.JPEG", 0, 0)
+    assert len(load_pictures("imagenet", tmp_path, SIZE).test) == 30
+
+
+@pytest.mark.parametrize(("counts", "train"), [
+    ((20, 1, 19), (14, 1, 14)), ((22, 1, 27), (16, 1, 19)), ((20, 2, 18), (14, 1, 13)), ((20, 20, 0), (15, 15, 0)),
+])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_last_image_of_a_class_stays_in_training(counts, train, seed):
+    labels = [label for label, count in enumerate(counts) for _ in range(count)]
+    pictures = [(Image.new("RGB", (8, 8), (number, 0, 0)), label) for number, label in enumerate(labels)]
+    splits = split_parts(Parts({"train": pictures}, ("a", "b", "c")), 8, seed=seed)
+    found = [part.labels.bincount(minlength=3) for part in (splits.train, splits.val, splits.test)]
+    assert sum(found).tolist() == list(counts) and (found[0].gt(0) == torch.tensor(counts).gt(0)).all()
+    assert (found[0] - torch.tensor(train)).abs().max() <= 1
+    reds = torch.cat([part.images[:, 0, 0, 0] for part in (splits.train, splits.val, splits.test)])
+    assert reds.sort().values.tolist() == list(range(len(labels)))
+
+
+def test_classes_of_one_image_each_cannot_be_split():
+    pictures = [(Image.new("RGB", (8, 8)), label) for label in range(5)]
+    with pytest.raises(ValueError, match=r"n=1 of 5 images .* \(classes \d\).* at least 2 images"):
+        split_parts(Parts({"train": pictures}, tuple("abcde")), 8)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_what_is_held_out_is_the_same_in_every_release(cached, tmp_path):
+    pictures = [(Image.new("RGB", (8, 8), (number, 0, 0)), number % 2) for number in range(40)]
+    splits = split_parts(Parts({"train": pictures}, ("a", "b")), 8, seed=3, cache=tmp_path if cached else None)
+    reds = [part.images[:, 0, 0, 0].tolist() for part in (splits.train, splits.val, splits.test)]
+    assert reds[1:] == HELD_OUT and reds[0] == sorted(set(range(40)) - set(reds[1]) - set(reds[2]))
+    for part, found in zip((splits.train, splits.val, splits.test), reds):
+        assert part.labels.tolist() == [red % 2 for red in found]
 
 
 def test_what_is_held_out_depends_on_the_seed_alone(tmp_path):
@@ -217,6 +287,78 @@ def test_bytes_in_a_cache_are_the_same_and_survive_an_interruption(tmp_path, mon
         assert torch.equal(plain.train.images, kept.train.images) and torch.equal(plain.test.labels, kept.test.labels)
 
 
+def repaint(root):
+    for path in root.glob("*/*.png"):
+        size = path.stat().st_size
+        Image.new("RGB", (24, 20), (0, 0, 77)).save(path)
+        os.truncate(path, size)  # as long as before: only the time tells
+
+
+def relabel(root):
+    os.rename(root / "cat" / "3.png", root / "dog" / "30.png")
+    os.rename(root / "dog" / "4.png", root / "cat" / "40.png")
+
+
+def rename_classes(root):
+    os.rename(root / "cat", root / "yak")
+
+
+@pytest.mark.parametrize("change", [repaint, relabel, rename_classes])
+def test_a_cache_is_renewed_when_files_change(change, tmp_path):
+    data = tmp_path / "data"
+    folder(data, None)
+    load = lambda **more: load_pictures("folder", data, SIZE, **more)
+    load(cache=tmp_path / "cache")
+    change(data)
+    fresh, kept = load(), load(cache=tmp_path / "cache")
+    for part in ("train", "val", "test"):
+        assert torch.equal(getattr(kept, part).images, getattr(fresh, part).images)
+        assert torch.equal(getattr(kept, part).labels, getattr(fresh, part).labels)
+
+
+@pytest.mark.parametrize("name", OPENERS)
+def test_the_cache_of_every_layout_follows_its_files(name, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    FIXTURES[name](tmp_path / "data", monkeypatch)
+    decoded = []
+    monkeypatch.setattr(datasets, "decode", lambda *args, decode=datasets.decode: decoded.append(1) or decode(*args))
+    load = lambda **more: load_pictures(name, tmp_path / "data", SIZE, cache=tmp_path / "cache", **more)
+    first, count = load(), len(decoded)
+    assert torch.equal(load().train.images, first.train.images) and len(decoded) == count
+    load(seed=1)  # other splits of the same bytes
+    assert len(decoded) == count
+    touched = next(path for path in sorted(tmp_path.glob("data/**/*")) if path.is_file())
+    os.utime(touched, ns=(1, 1))
+    load()
+    assert len(decoded) > count
+
+
+def backing(tensor):
+    "The file that the memory of a tensor is mapped from, or nothing."
+    place = tensor.untyped_storage().data_ptr()
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        bounds, *_, path = line.split(maxsplit=5)
+        first, last = (int(word, 16) for word in bounds.split("-"))
+        if first <= place < last:
+            return path if path.startswith("/") else None
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="this system does not say what is mapped")
+@pytest.mark.parametrize("make", [folder, imagenet])
+def test_held_out_splits_stay_out_of_memory(make, tmp_path):
+    make(tmp_path / "data", None)
+    splits = load_pictures(make.__name__, tmp_path / "data", SIZE, cache=tmp_path / "cache")
+    for part in (splits.train, splits.val, splits.test):
+        assert str(backing(part.images)).startswith(str(tmp_path / "cache"))
+    assert backing(load_pictures(make.__name__, tmp_path / "data", SIZE).train.images) is None
+
+
+def test_a_cache_among_the_pictures_is_refused(tmp_path):
+    folder(tmp_path, None)
+    with pytest.raises(ValueError, match="cache=.* lies in .*put it elsewhere"):
+        load_pictures("folder", tmp_path, SIZE, cache=tmp_path / "cache")
+
+
 def test_a_mapped_set_cannot_change_its_file(tmp_path):
     pictures = [(Image.new("RGB", (8, 8), (9, 9, 9)), 0)] * 2
     first = read_pictures(pictures, ("grey",), 8, tmp_path / "set")
@@ -228,6 +370,39 @@ def test_a_mapped_set_cannot_change_its_file(tmp_path):
 def test_every_kind_of_picture_becomes_three_channels(mode):
     assert square(Image.new(mode, (9, 5)), 4).shape == (3, 4, 4)
     assert square(Image.new(mode, (5, 9)), 4, channels=1).shape == (1, 4, 4)
+
+
+def deep(dtype):
+    "A picture of 16 bits that goes from black to white."
+    return Image.fromarray(np.linspace(0, 65535, 64).round().astype(dtype).reshape(8, 8))
+
+
+@pytest.mark.parametrize(("dtype", "mode"), [("<u2", "I;16"), (">u2", "I;16B"), ("<i4", "I")])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sixteen_bits_become_eight(dtype, mode, channels):
+    picture = deep(dtype)
+    assert picture.mode == mode
+    expected = np.linspace(0, 255, 64).round().reshape(8, 8)
+    assert np.abs(square(picture, 8, channels).astype(float) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_a_folder_may_have_pictures_of_sixteen_bits(suffix, tmp_path):
+    for n in range(10):
+        (tmp_path / "cells").mkdir(exist_ok=True)
+        deep("<u2").save(tmp_path / "cells" / f"{n}.{suffix}")
+    images = load_pictures("folder", tmp_path, 8, channels=1).train.images
+    assert images[0].unique().numel() == 64 and (images[0].min(), images[0].max()) == (0, 255)
+
+
+@pytest.mark.parametrize("values", [np.float32([[0.0, 0.5]]), np.int32([[0, 65536]]), np.int32([[-1, 9]])])
+def test_pixels_without_a_known_range_are_refused(values, tmp_path):
+    with pytest.raises(ValueError, match=f"the picture has mode [FI] and values from {values.min()} to {values.max()}, expected"):
+        square(Image.fromarray(values), 1)
+    folder(tmp_path, None)
+    Image.fromarray(values).save(tmp_path / "dog" / "deep.tif")
+    with pytest.raises(ValueError, match="folder/train: picture 40: .*deep.tif has mode"):
+        load_pictures("folder", tmp_path, SIZE)
 
 
 def test_a_colour_set_serves_an_encoder_of_one_channel(tmp_path):

@@ -19,8 +19,9 @@ from mlvgm_mi.experiments import (
 )
 from mlvgm_mi.generators.core import LinearGaussian, load_generator
 from mlvgm_mi.latents import rng_for
-from mlvgm_mi.methods import OBJECTIVES
+from mlvgm_mi.methods import OBJECTIVES, SimCLR
 from mlvgm_mi.perturb import Additive, Perturb, Recipe, moves
+from mlvgm_mi.presets import PAPER
 from mlvgm_mi.views import AUGMENTATIONS
 from mlvgm_mi.walkers import all_groups, fresh_walkers, save_walkers
 
@@ -54,8 +55,18 @@ def test_profiles_that_ship(path):
     for run in profile.encoders:
         assert run.objective in OBJECTIVES and run.t_x in AUGMENTATIONS and source_kind(run.source)
         assert TrainConfig(**profile.train_for(run)).steps == profile.train["steps"]
-    assert {*profile.train_of, *profile.rates} <= {run.objective for run in profile.encoders}
+    assert {*profile.train_of, *profile.rates, *profile.options} <= {run.objective for run in profile.encoders}
+    assert all(OBJECTIVES[name](8, **options) for name, options in profile.options.items())
     assert all(len(rates) > 1 and min(rates) > 0 for rates in profile.rates.values())
+
+
+@pytest.mark.parametrize("objective", ["simclr", "simsiam", "byol"])
+def test_the_paper_profile_trains_as_the_papers_presets_do(objective):
+    profile = next(load_profile(path) for path in PROFILES if path.stem == "paper")
+    steps, settings = profile.train["steps"], PAPER[objective]
+    run = next(run for run in profile.encoders if run.objective == objective)
+    assert TrainConfig(**profile.train_for(run)) == settings.config(steps, profile.batch_size)
+    assert profile.options.get(objective, {}) == settings.options
 
 
 def test_quick_and_full_have_three_seeds():
@@ -68,6 +79,13 @@ def test_wrong_profiles_name_the_key(tmp_path, change, words):
     content = {key: value for key, value in content.items() if value is not None}
     (tmp_path / "p.yaml").write_text(yaml.safe_dump(content))
     with pytest.raises(ValueError, match=words):
+        load_profile(tmp_path / "p.yaml")
+
+
+@pytest.mark.parametrize("text, words", [("", "holds NoneType, expected keys"), ("words", "holds str"), ("a: [1", "is no YAML")])
+def test_what_is_no_profile_is_refused_by_its_file(tmp_path, text, words):
+    (tmp_path / "p.yaml").write_text(text)
+    with pytest.raises(ValueError, match=f"p.yaml {words}"):
         load_profile(tmp_path / "p.yaml")
 
 
@@ -251,6 +269,29 @@ def test_what_is_decoded_once_is_part_of_the_key(materials, tmp_path, monkeypatc
     keys = [one.encoder_cell(guided, materials, train) for one in (study, once, replace(once, decoded=5))]
     assert keys[0] == keys[2] and keys[1] == keys[0] | {"decoded": 2}
     assert once.encoder_cell(real, materials, train) == study.encoder_cell(real, materials, train)
+
+
+def test_a_cell_of_other_materials_is_not_what_was_trained_before(tmp_path):
+    "The work of the first one lies in the same build folder."
+    digits, run, train = load_digits(), Run("real", "simclr", "no_color", 0), dict(steps=3, warmup=1)
+    dark = replace(digits.train, images=torch.zeros_like(digits.train.images))
+    one, other = (Materials(images, LinearGaussian.random([1.0, 1.0])) for images in (digits.train, dark))
+    study, alone = (Study(tmp_path / name, "digits", digits, {"width": 4}, batch_size=8) for name in ("build", "alone"))
+    before = study.encoder_cell(run, one, train)
+    after = study.encoder_cell(run, other, train)
+    pd.testing.assert_frame_equal(after, alone.encoder_cell(run, other, train))
+    assert not after.accuracy.equals(before.accuracy)
+    assert len(list(study.work(run.name).glob("*/history.csv"))) == 2
+
+
+def test_the_options_of_an_objective_reach_it_and_its_key(materials, tmp_path, monkeypatch):
+    made, digits = [], load_digits()
+    monkeypatch.setitem(OBJECTIVES, "simclr", lambda *args, **options: made.append(options) or SimCLR(*args, **options))
+    study = Study(tmp_path, "digits", digits, {"width": 4}, batch_size=8, options={"simclr": {"temperature": 0.5}})
+    run, train = Run("real", "simclr", "no_color", 0), dict(steps=2, warmup=1)
+    hotter = study.encoder_cell(run, materials, train)
+    usual = replace(study, options={}).encoder_cell(run, materials, train)
+    assert [options.get("temperature") for options in made] == [0.5, None] and not hotter.equals(usual)
 
 
 def trial(lr, val, test):

@@ -1,15 +1,19 @@
 "Batches made ahead, used again or kept: always those that the same step and epoch would have had."
+import copy
 import gc
 import os
+import pickle
 import threading
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
 
-from mlvgm_mi.contrastive import OBJECTIVES, Contrastive, TrainConfig, fit, small_resnet
+from mlvgm_mi.cells import described, digest
+from mlvgm_mi.contrastive import OBJECTIVES, Contrastive, PlaceSource, Repeated, TrainConfig, fit, small_resnet
 from mlvgm_mi.generators.core import Generator
 from mlvgm_mi.latents import Block, Layout
 from mlvgm_mi.perturb import Additive, Perturb, Resample, single
@@ -33,6 +37,17 @@ class Rows(Generator):
 
     def render(self, state):
         return torch.sigmoid(state)
+
+
+class Placed(Rows):
+    "Makes its images where, and in the number format in which, its weight is."
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def render(self, state):
+        return super().render(state).to(self.weight)
 
 
 class Failing(Rows):
@@ -134,6 +149,14 @@ def test_a_draw_is_not_disturbed_by_one_of_another_thread():
     assert torch.equal(source.draw(4, 0), replayed(2).draw(4, 0)) and torch.equal(other[0], replayed(2).draw(0, 1))
 
 
+def test_older_cohorts_do_not_stay_behind_where_the_source_was():
+    source = Replayed(Placed(), MOVE_BOTH, replays=3, **PLAN)
+    stream = source.stream
+    source.stream = lambda *address, device, **more: stream(*address, **more)  # "meta" has no random numbers
+    assert source.draw(2, 0).device.type == "cpu"
+    assert source.to("meta") is source and source.draw(3, 0).device.type == "meta"
+
+
 @pytest.mark.parametrize("replays", [0, 4, -1])
 def test_replays_that_do_not_divide_the_batch(replays):
     with pytest.raises(ValueError, match=f"replays={replays} must divide batch_size=6"):
@@ -213,6 +236,21 @@ def test_a_loader_with_workers_of_its_own_gets_the_same():
         ahead.batch(0)
         loader = torch.utils.data.DataLoader([0, 1, 2, 3], batch_size=None, num_workers=1, collate_fn=ahead.batch)
         assert all(map(torch.equal, loader, [source.batch(step) for step in range(4)]))
+
+
+@pytest.mark.parametrize("started", [False, True])
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_workers_of_a_loader_share_the_steps(workers, started):
+    source = continuous()
+    with Prefetched(source) as ahead:
+        if started:
+            ahead.batch(0)
+        loader = view_loader(ahead, workers)
+        for epoch in (0, 1):
+            ahead.set_epoch(epoch)
+            made = list(loader)
+            assert len(made) == len(loader) == 5
+            assert all(torch.equal(batch, source.batch(step, epoch)) for step, batch in enumerate(made))
 
 
 def test_batches_are_brought_to_a_device():
@@ -297,13 +335,156 @@ def test_a_stream_moves_with_its_learned_steps():
 
 
 def test_wrappers_and_mixtures_move_what_they_hold(tmp_path):
-    def with_weight():
-        source = continuous()
-        source.generator.register_parameter("weight", torch.nn.Parameter(torch.zeros(1)))
-        return source
-
     real = RealViews(torch.zeros(20, 1, 8, 8, dtype=torch.uint8), **PLAN)
     assert real.to("meta") is real and torch.equal(real.batch(0), torch.zeros(6, 2, 1, 8, 8))
-    both = mixed(real, with_weight(), 0.5)
+    both = mixed(real, continuous(Placed()), 0.5)
     assert both.to("meta") is both and both.generated.device.type == "meta"
-    assert Recorded.of(with_weight(), tmp_path).to("meta").source.device.type == "meta"
+    recorded = Recorded.of(continuous(Placed()), tmp_path)
+    assert recorded.to("meta") is recorded and recorded.source.device.type == "meta"
+    ahead = Prefetched(continuous(Placed()))
+    assert ahead.to("meta") is ahead and ahead.source.device.type == "meta"
+
+
+# a number format stands for a device in what follows: modules move to both alike, and there is one device only
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_the_worker_moves_with_its_source_and_no_batch_is_lost(worker, steps):
+    source, expected = continuous(Placed()), continuous(Placed()).to(torch.float64)
+    with Prefetched(source, worker=worker) as ahead:
+        before = [ahead.batch(step) for step in range(steps)]
+        ahead.to(torch.float64)
+        after = [ahead.batch(step) for step in range(steps, 5)]
+    assert {batch.dtype for batch in before} <= {torch.float32} and {batch.dtype for batch in after} == {torch.float64}
+    assert all(torch.equal(batch, expected.batch(step).to(batch)) for step, batch in enumerate(before + after))
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_chosen_device_stays_chosen(steps):
+    with Prefetched(continuous(Placed()), device="cpu") as ahead:
+        for step in range(steps):
+            ahead.batch(step)
+        assert ahead.to("meta") is ahead and ahead.source.device.type == "cpu"
+        assert torch.equal(ahead.batch(1), continuous(Placed()).batch(1))
+
+
+def test_a_worker_that_places_the_source_has_the_last_word():
+    with Prefetched(continuous(Placed()), worker=lambda source: in_thread(source.to(torch.float64))) as ahead:
+        assert ahead.to(torch.float32).batch(0).dtype == torch.float64
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda ahead: pickle.loads(pickle.dumps(ahead))], ids=["copied", "pickled"])
+def test_a_copy_moves_and_works_alone(copied):
+    with Prefetched(continuous(Placed())) as ahead:
+        first = ahead.batch(0)
+        with copied(ahead).to(torch.float64) as other:
+            assert [stream.batch(1).dtype for stream in (other, ahead)] == [torch.float64, torch.float32]
+            assert torch.equal(other.batch(0).float(), first)
+
+
+def test_training_moves_a_prefetched_source():
+    ahead = Prefetched(continuous(Placed()))
+    PlaceSource(ahead).on_fit_start(None, SimpleNamespace(device="meta"))
+    assert ahead.source.device.type == "meta"
+
+
+def test_what_cannot_be_moved_is_prefetched_all_the_same():
+    batch = continuous().batch(0)
+    with Prefetched(Repeated([batch])) as ahead:
+        assert torch.equal(ahead.to("meta").batch(0), batch)
+
+
+# sizes
+
+REAL = torch.arange(100, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 8, 8)
+
+
+def stored(**plan):
+    return RealViews(REAL, **(PLAN | dict(batch_size=8) | plan))
+
+
+def test_a_recording_keeps_the_size_it_has(tmp_path):
+    recorded = Recorded.of(continuous(batch_size=8), tmp_path)
+    for other in (partial(mixed, stored(), recorded, 0.25), partial(recorded.with_batch_size, 2),
+                  partial(replace, recorded, batch_size=2)):
+        with pytest.raises(ValueError, match="batch_size=2 and views=2, .* has 8 and 2; .* mix first and record the mixture"):
+            other()
+    with pytest.raises(ValueError, match="batch_size=8 and views=3, .* has 8 and 2"):
+        replace(recorded, views=3)
+    assert recorded.with_batch_size(8).batch_size == 8
+
+
+def test_a_recording_of_the_size_it_takes_can_be_mixed(tmp_path):
+    drawn = mixed(stored(), continuous(batch_size=2), 0.25)
+    for name, source in {"part": mixed(stored(), Recorded.of(continuous(batch_size=2), tmp_path / "part"), 0.25),
+                         "whole": Recorded.of(drawn, tmp_path / "whole")}.items():
+        for step in (1, 1, 0):
+            torch.testing.assert_close(source.batch(step), drawn.batch(step), atol=0.5 / 255 + 1e-6, rtol=0)
+        assert source.image_shape == (1, 8, 8) and len(list((tmp_path / name).iterdir())) == 2
+
+
+@pytest.mark.parametrize("other", [dict(batch_size=4), dict(views=3)])
+def test_a_folder_of_another_source_is_refused(tmp_path, other):
+    Recorded.of(continuous(), tmp_path).batch(1)
+    with pytest.raises(ValueError, match=r"0-0-000001.npy has shape \(6, 2, 1, 8, 8\), expected .*a folder of its own"):
+        Recorded.of(continuous(**other), tmp_path).batch(1)
+
+
+@pytest.mark.parametrize("use, problem", [
+    (lambda ahead, folder: mixed(stored(), ahead, 0.5), r"generated is a Prefetched, .*Prefetched\(mixed"),
+    (lambda ahead, folder: mixed(ahead, stored(), 0.5), r"real is a Prefetched, .*Prefetched\(mixed"),
+    (lambda ahead, folder: Recorded.of(ahead, folder), r"source is a Prefetched, .*Prefetched\(Recorded"),
+], ids=["generated", "real", "recorded"])
+def test_what_is_augmented_already_is_not_mixed_or_recorded(tmp_path, use, problem):
+    with Prefetched(continuous()) as ahead, pytest.raises(TypeError, match=problem):
+        use(ahead, tmp_path)
+
+
+def test_a_mixture_can_be_prefetched():
+    both = mixed(stored(), continuous(), 0.25)
+    with Prefetched(both) as ahead:
+        assert all(torch.equal(batch, both.batch(step)) for step, batch in enumerate(ahead))
+
+
+# what the batches depend on
+
+def named(source):
+    return digest(described(source))
+
+
+OTHERS = {
+    "seed": dict(seed=1), "rows": dict(batch_size=8), "views": dict(views=3), "steps": dict(steps_per_epoch=4),
+    "augmentation": dict(augment=AUGMENTATIONS["no_color"]), "clip": dict(clip=1.0),
+    "step": dict(perturb=Perturb(Rows.layout, {"a": Additive(1), "b": Additive(2)})), "generator": dict(generator=Placed()),
+}
+
+
+@pytest.mark.parametrize("changes", OTHERS.values(), ids=OTHERS)
+def test_other_settings_are_another_source(changes):
+    assert named(continuous(**changes)) != named(continuous()) == named(continuous(rank=1, world_size=2))
+
+
+def test_sources_that_give_the_same_batches_have_one_name(tmp_path):
+    source = continuous()
+    ahead = Prefetched(source, worker=in_thread)
+    assert named(ahead) == named(source)
+    ahead.close()
+    kept = [Recorded.of(continuous(), tmp_path / folder) for folder in ("one", "two")]
+    assert named(kept[0]) == named(kept[1]) != named(Recorded.of(continuous(seed=1), tmp_path / "one"))
+    others = [source, kept[0], replayed(2), replayed(3), stored(), mixed(stored(), continuous(batch_size=8), 0.5)]
+    assert len({named(other) for other in others}) == len(others)
+
+
+def test_other_pictures_are_another_source():
+    other = REAL.clone()
+    other[-1, 0, 0, 0] ^= 1
+    assert named(RealViews(other, **(PLAN | dict(batch_size=8)))) != named(stored())
+
+
+def test_a_training_is_not_taken_up_with_other_views_but_with_prefetched_ones(tmp_path):
+    module = lambda: Contrastive(small_resnet(width=4), OBJECTIVES["simclr"](32), TrainConfig(steps=3, warmup=1))
+    history = fit(module(), continuous(), tmp_path)
+    ahead = Prefetched(continuous())
+    assert fit(module(), ahead, tmp_path).equals(history)
+    ahead.close()
+    with pytest.raises(ValueError, match="other views;"):
+        fit(module(), continuous(seed=1), tmp_path)

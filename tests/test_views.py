@@ -2,7 +2,8 @@
 import itertools
 import math
 import pickle
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from mlvgm_mi.latents import Block, Layout, rng_for
 from mlvgm_mi.perturb import Additive, Perturb, Resample, single
 from mlvgm_mi.views import (
     AUGMENTATIONS, Augmentation, ColorJitter, ContinuousViews, FixedViews, Grayscale, HorizontalFlip, RandomResizedCrop,
-    RealViews, draw_views, mixed, view_loader,
+    RealViews, ViewSource, draw_views, loader_steps, mixed, view_loader,
 )
 
 NONE = AUGMENTATIONS["none"]
@@ -146,6 +147,15 @@ def test_workers_change_nothing_and_hear_of_epochs(make):
         expected = [source.batch(step, epoch) for step in range(len(source))]
         drawn = list(loader)
         assert len(drawn) == len(loader) == len(expected) and all(map(torch.equal, drawn, expected))
+
+
+@pytest.mark.parametrize("workers, expected", [(None, [[0, 1, 2, 3, 4]]), (1, [[0, 1, 2, 3, 4]]), (2, [[0, 2, 4], [1, 3]]),
+                                               (3, [[0, 3], [1, 4], [2]])])
+def test_workers_share_the_steps_of_an_epoch(workers, expected, monkeypatch):
+    for worker, steps in enumerate(expected):
+        info = workers and SimpleNamespace(id=worker, num_workers=workers)
+        monkeypatch.setattr(module, "get_worker_info", lambda info=info: info)
+        assert list(loader_steps(5)) == steps
 
 
 def test_global_randomness_is_neither_read_nor_touched(make):
@@ -299,15 +309,87 @@ def test_a_mixed_batch_has_its_share(share, rows_):
     assert all(len(row.unique()) == 1 for row in batch[: 16 - rows_])
 
 
-@pytest.mark.parametrize("share", [0, 0.05, 0.95, 1, -1, 2])
-def test_a_mix_of_one_thing_is_refused(share):
-    with pytest.raises(ValueError, match=f"share={share} gives"):
+@pytest.mark.parametrize("share, problem", [
+    (0.05, "gives 1 generated"), (0.95, "gives 15 generated"), *((share, "must lie between 0 and 1") for share in (
+        0, 1, -1, 2, math.nan, math.inf)),
+])
+def test_a_mix_of_one_thing_is_refused(share, problem):
+    with pytest.raises(ValueError, match=f"share={share} {problem}"):
         mixed(SOURCES["real"](), continuous(), share)
 
 
 def test_a_mix_of_pairs_and_triples_is_refused():
     with pytest.raises(ValueError, match="real has 2 views of an anchor, generated 3"):
         mixed(SOURCES["real"](), continuous(views=3), 0.5)
+
+
+@dataclass(eq=False)
+class Own(ViewSource):
+    "A source of one's own, which says nothing of its images, and may draw what it likes."
+    drawn: tuple[int, ...]
+
+    def draw(self, step, epoch):
+        return torch.zeros(self.drawn)
+
+
+def own(*drawn, **plan):
+    return Own(drawn, **(PLAN | dict(steps_per_epoch=6) | plan))
+
+
+COLOUR = torch.zeros(40, 2, 3, 2, 8, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("other", [FixedViews(COLOUR, **PLAN), RealViews(COLOUR[:, 0], **PLAN),
+                                   mixed(FixedViews(COLOUR, **PLAN), own(4, 2, 3, 2, 8), 0.25)])
+def test_images_of_two_shapes_are_refused_before_they_are_drawn(other):
+    for real, generated in ((continuous(), other), (other, continuous())):
+        with pytest.raises(ValueError, match=r"real has images of shape \([13], 2, 8\), generated of \([13], 2, 8\); give both"):
+            mixed(real, generated, 0.5)
+
+
+@pytest.mark.parametrize("drawn, problem", [
+    ((4, 2, 1, 2, 8), None), ((16, 2, 1, 2, 8), r"generated drew views of shape \(16, 2, 1, 2, 8\), but has batch_size=4"),
+    ((4, 3, 1, 2, 8), r"generated drew views of shape \(4, 3, 1, 2, 8\), but .* views=2"),
+    ((4, 2, 3, 2, 8), r"real has images of shape \(1, 2, 8\), generated of \(3, 2, 8\); give both"),
+])
+def test_what_a_source_draws_is_looked_at(drawn, problem):
+    both = mixed(SOURCES["real"](), own(*drawn), 0.25)
+    if problem is None:
+        assert both.batch(0).shape == (16, 2, 1, 2, 8)
+    else:
+        with pytest.raises(ValueError, match=problem):
+            both.batch(0)
+
+
+@pytest.mark.parametrize("changes, problem", [
+    (dict(batch_size=32), "batch_size=32, but real gives 12 rows and generated 4; .*with_batch_size"),
+    (dict(views=3), "real has 2 views of an anchor, generated 2 and the mixture 3"),
+])
+def test_a_mixture_is_not_changed_alone(changes, problem):
+    with pytest.raises(ValueError, match=problem):
+        replace(mixed(SOURCES["real"](), continuous(), 0.25), **changes)
+
+
+def test_a_batch_size_is_changed_and_nothing_else(make):
+    source = make(seed=5, views=3)
+    other = source.with_batch_size(6)
+    assert type(other) is type(source) and source.batch_size == 16
+    assert torch.equal(other.batch(1), make(seed=5, views=3, batch_size=6).batch(1))
+
+
+@pytest.mark.parametrize("share, rows_", [(0.25, (24, 8)), (0.5, (16, 16))])
+def test_a_mixture_of_another_size_keeps_its_share(share, rows_):
+    real, generated = SOURCES["real"](), continuous()
+    larger = mixed(real, generated, share).with_batch_size(32)
+    parts = replace(real, batch_size=rows_[0]), replace(generated, batch_size=rows_[1])
+    assert torch.equal(larger.draw(1, 2), torch.cat([part.draw(1, 2) for part in parts])) and len(larger.batch(0)) == 32
+
+
+def test_mixtures_are_mixed():
+    thirds = mixed(SOURCES["real"](batch_size=24), mixed(SOURCES["real"](seed=1, batch_size=20), continuous(), 0.5), 2 / 3)
+    assert thirds.batch(0).shape == (24, 2, 1, 2, 8)
+    assert (thirds.real.batch_size, thirds.generated.real.batch_size, thirds.generated.generated.batch_size) == (8, 8, 8)
+    assert torch.equal(thirds.draw(0, 0)[16:], continuous(batch_size=8).draw(0, 0))
 
 
 # augmentations
