@@ -152,7 +152,8 @@ class Materials:
     def need(self, name: str) -> Any:
         "The material called `name`; `ValueError` saying how to come by it if there is none."
         if getattr(self, name) is None:
-            raise ValueError(f"{name}=None, but this source needs it; {MATERIAL_FILES[name][2]}")
+            fix = MATERIAL_FILES[name][2] if name in MATERIAL_FILES else f"pass {name}, such as `load_dataset(...).train`"
+            raise ValueError(f"{name}=None, but this source needs it; {fix}")
         return getattr(self, name)
 
     @property
@@ -203,7 +204,7 @@ class Kind:
 
 
 def _real(materials: Materials, **plan: Any) -> ViewSource:
-    return RealViews(images=materials.images, **plan)
+    return RealViews(images=materials.need("images"), **plan)
 
 
 def _synthetic(materials: Materials, **plan: Any) -> ViewSource:

@@ -190,6 +190,14 @@ def test_the_papers_strengths_and_own_ones():
         group_gaussian(five)
 
 
+def test_only_sources_that_show_real_images_need_them(materials):
+    without = Materials(None, materials.generator, RECIPE)
+    assert drawn(without, "guided") == drawn(materials, "guided")
+    for name in ("real", "mixed-0.5"):
+        with pytest.raises(ValueError, match="images=None, but this source needs it; pass images"):
+            make_source(name, without, "none", batch_size=8, steps_per_epoch=1)
+
+
 def test_half_of_a_mixed_batch_is_real(materials):
     batch = make_source("mixed-0.5", materials, "none", batch_size=8, steps_per_epoch=1).batch(0)
     equal = [torch.equal(*pair) for pair in batch]
