@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 ROOT = Path(__file__).resolve().parents[1]
+T_X = {"none": "none", "no_color": "crops, flips", "no_crop": "flips, colour", "simclr": "crops, flips, colour"}  # in words
 
 
 def percent(row: pd.Series, *names: str) -> str:
@@ -36,7 +37,7 @@ def generators(results: Path) -> pd.DataFrame:
     number = lambda name, digits: [f"{value:,.{digits}f}" for value in values.loc[name]]
     rows = {
         "accuracy on real test images of a classifier trained on samples only": share("cas"),
-        "the same, trained on real images": share("oracle_accuracy"),
+        "the same, trained on real images, for as many steps": share("oracle_accuracy"),
         "Frechet distance": number("fd", 2),
         "the same, real against real": number("fd_floor", 2),
         "the same, untrained network": number("fd_untrained", 0),
@@ -81,13 +82,13 @@ def coverage(results: Path) -> pd.DataFrame:
 
 
 def claims(results: Path) -> pd.DataFrame:
-    "Verdicts on the claims of the paper that this profile can test, by generator."
-    table = pd.read_csv(results / "claims.csv")
-    return pd.DataFrame([
-        {"claim": f"{row.claim}. {row.text}", "generator": row.generator,
-         "estimate": f"{row.estimate:.2f} [{row.low:.2f}, {row.high:.2f}]", "criterion": row.criterion, "verdict": row.verdict}
-        for row in table.itertuples()
-    ])
+    "Verdicts of the quick and the full profile on the claims of the paper that they can test."
+    rows = {}
+    for profile in ("quick", "full"):
+        for row in pd.read_csv(results.parent / profile / "claims.csv").itertuples():
+            found = rows.setdefault((row.claim, row.text), {"claim": f"{row.claim}. {row.text}", "criterion": row.criterion})
+            found[profile] = f"{row.verdict}: {row.estimate:.2f} [{row.low:.2f}, {row.high:.2f}], {row.generator}"
+    return pd.DataFrame([rows[key] for key in sorted(rows)]).fillna("")
 
 
 CASES = {  # benchmark -> what is timed, and what it is compared with
@@ -133,7 +134,7 @@ def sources(results: Path) -> pd.DataFrame:
         part = part.set_index("probe")
         gain = part.loc["linear"]
         rows.append({
-            "views from": source, "t_x": t_x,
+            "views from": source, "augmentation": T_X[t_x],
             "linear probe, %": percent(gain, "accuracy", "low", "high"),
             "minus real, points": interval(gain, "minus_real", 100, 1),
             "kNN, %": percent(part.loc["knn"], "accuracy", "low", "high"),
@@ -149,7 +150,7 @@ def objectives(results: Path) -> pd.DataFrame:
     "Linear probe per source and objective, under the augmentation that all have; below, real views under what suits them best."
     table = _linear(results)
     own = table[table.t_x == table.t_x.value_counts().index[0]]
-    best = table[(table.source == "real") & table.minus_best_real.isna()].assign(source="real, at its best t_x")
+    best = table[(table.source == "real") & table.minus_best_real.isna()].assign(source="real, augmented as suits it best")
     rows = []
     for source, part in pd.concat([own, best]).groupby("source", sort=False):
         row = {"views from": source}
@@ -160,10 +161,10 @@ def objectives(results: Path) -> pd.DataFrame:
 def gains(results: Path) -> pd.DataFrame:
     "What guided views gain in the linear probe, by objective and augmentation."
     table = _linear(results).query("source == 'guided'")
-    against = {"real, same t_x": "real", "real, at its best t_x": "best_real", "uniform, same t_x": "uniform",
-               "uniform, at its best t_x": "best_uniform"}
+    against = {"real, same augmentation": "real", "real at its best": "best_real", "uniform, same augmentation": "uniform",
+               "uniform at its best": "best_uniform"}
     return pd.DataFrame([
-        {"objective": row.objective, "t_x": row.t_x}
+        {"objective": row.objective, "augmentation": T_X[row.t_x]}
         | {f"guided minus {title}": interval(row, f"minus_{name}", 100, 1) for title, name in against.items()}
         for _, row in table.iterrows()
     ])
@@ -174,7 +175,7 @@ def augmentations(results: Path) -> pd.DataFrame:
     table = _linear(results)
     table = table[table.objective == table.objective.iloc[0]]
     text = pd.Series([percent(row, "accuracy", "low", "high") for _, row in table.iterrows()], [table.source, table.t_x])
-    wide = text.unstack().reindex(index=table.source.unique(), columns=table.t_x.unique()).fillna("")
+    wide = text.unstack().reindex(index=table.source.unique(), columns=table.t_x.unique()).fillna("").rename(columns=T_X)
     return wide.rename_axis("views from").reset_index()
 
 
@@ -182,30 +183,35 @@ def _views_from(source: str, generator: str) -> str:
     return source if source == "real" else f"{source}, {generator}"
 
 
-def _longer(results: Path, several: bool) -> pd.DataFrame:
-    "Rows of the objectives that were trained for several lengths, or for one."
+def longer_sources(results: Path) -> pd.DataFrame:
+    "Linear probe of all sources after as many updates, per objective, and what guided views gain over each."
+    table = pd.read_csv(results / "longer_sources.csv").query("probe == 'linear'")
+    rows = {}
+    for source in ["real", *(name for name in table.source.unique() if name != "real")]:
+        rows[source] = {"views from": source}
+        for own in table[table.source == source].to_dict("records"):
+            rows[source][f"{own['objective']}, {own['steps']:,} updates"] = percent(own, "accuracy", "low", "high")
+            less, low, high = (-own[f"minus_best_guided{end}"] for end in ("", "_high", "_low"))
+            gain = {"gain": less, "gain_low": low, "gain_high": high}
+            rows[source][f"{own['objective']}, guided minus this"] = interval(gain, "gain", 100, 1)
+    return pd.DataFrame(rows.values()).fillna("")
+
+
+def _long_runs(results: Path) -> pd.DataFrame:
+    "Rows that were trained for other lengths than the one that most of an objective's rows have."
     table = pd.read_csv(results / "longer_table.csv")
-    return table[(table.groupby("objective").steps.transform("nunique") > 1) == several]
-
-
-def longer_objectives(results: Path) -> pd.DataFrame:
-    "Linear probe per source, for the objectives that were trained for one length, and the gain over real views."
-    table, rows = _longer(results, several=False).query("probe == 'linear'"), []
-    for (generator, source, t_x), part in table.groupby(["generator", "source", "t_x"], sort=False):
-        rows.append({"views from": _views_from(source, generator), "t_x": t_x})
-        for own in part.itertuples():
-            rows[-1][f"{own.objective}, {own.steps:,} updates"] = percent(own._asdict(), "accuracy", "low", "high")
-            rows[-1][f"{own.objective}, minus real"] = interval(own._asdict(), "minus_best_real", 100, 1)
-    return pd.DataFrame(rows).fillna("")
+    usual = table.groupby("objective").steps.transform(lambda steps: steps.mode().max())
+    row_of = [table[name] for name in ("objective", "generator", "source", "t_x")]
+    return table[(table.steps != usual).groupby(row_of).transform("any")]
 
 
 def longer(results: Path) -> pd.DataFrame:
     "Linear probe by number of updates, and nearest neighbours where a row ends."
-    table = _longer(results, several=True)
+    table = _long_runs(results)
     rows = []
     for (objective, generator, source, t_x), part in table.groupby(["objective", "generator", "source", "t_x"], sort=False):
         linear, knn = (part[part.probe == probe].set_index("steps").sort_index() for probe in ("linear", "knn"))
-        row = {"objective": objective, "views from": _views_from(source, generator), "t_x": t_x}
+        row = {"objective": objective, "views from": _views_from(source, generator), "augmentation": T_X[t_x]}
         row |= {f"{steps:,} updates": percent(own, "accuracy", "low", "high") for steps, own in linear.iterrows()}
         rows.append(row | {"kNN, at the end": percent(knn.iloc[-1], "accuracy", "low", "high")})
     return pd.DataFrame(rows).fillna("")
@@ -213,10 +219,10 @@ def longer(results: Path) -> pd.DataFrame:
 
 def longer_gains(results: Path) -> pd.DataFrame:
     "What guided views gain over real and uniform ones, each under what suits it best, by number of updates."
-    table = _longer(results, several=True).query("source == 'guided' and probe in ['linear', 'knn']")
+    table = _long_runs(results).query("source == 'guided' and probe in ['linear', 'knn']")
     rows = []
     for key, part in table.groupby(["objective", "generator", "t_x", "steps"], sort=False):
-        row = dict(zip(["objective", "generator", "t_x", "updates"], [*key[:3], f"{key[3]:,}"]))
+        row = dict(zip(["objective", "generator", "augmentation", "updates"], [*key[:2], T_X[key[2]], f"{key[3]:,}"]))
         for other in ("real", "uniform"):
             row |= {f"{own.probe}, minus {other}": interval(own, f"minus_best_{other}", 100, 1) for _, own in part.iterrows()}
         rows.append(row)
@@ -230,7 +236,7 @@ def doubling(results: Path) -> pd.DataFrame:
         row = part.iloc[0]
         rows.append({
             "objective": row.objective, "views from": _views_from(row.source, row.generator),
-            "t_x": row.t_x, "updates": f"{row.start:,} to {row.end:,}",
+            "augmentation": T_X[row.t_x], "updates": f"{row.start:,} to {row.end:,}",
         })
         for own in part.itertuples():
             images = {"val": "validation"}.get(own.split, own.split)
@@ -252,8 +258,8 @@ def continuous(results: Path) -> pd.DataFrame:
 
 
 TABLES = {table.__name__: table for table in (
-    generators, impact, table1, coverage, claims, sources, objectives, gains, augmentations, longer, longer_gains, doubling,
-    longer_objectives, continuous, speed)}
+    generators, impact, table1, coverage, claims, sources, objectives, gains, augmentations, longer_sources, longer, longer_gains,
+    doubling, continuous, speed)}
 
 
 def markdown(frame: pd.DataFrame) -> str:
@@ -265,7 +271,9 @@ def markdown(frame: pd.DataFrame) -> str:
 def fill(text: str, results: Path) -> str:
     "`text` with every table between its markers made anew, from folders of profiles in `results`."
     def table(match: re.Match) -> str:
-        return f"{match[1]}\n{markdown(TABLES[match[2]](results / (match[3] or 'quick')))}\n{match[4]}"
+        profile = match[3] or "quick"
+        made_by = "" if match[2] in ("speed", "claims") else f"\n\n*Profile `{profile}`.*"
+        return f"{match[1]}\n{markdown(TABLES[match[2]](results / profile))}{made_by}\n{match[4]}"
 
     return re.sub(r"(<!-- table: (\w+)(?: of (\w+))? -->)\n.*?(<!-- end -->)", table, text, flags=re.S)
 
