@@ -118,7 +118,7 @@ def _sigmas(words: list[str]) -> dict[str, float] | None:
     except ValueError:
         raise ValueError(f"--group-sigma {' '.join(words)}: each should read group=sigma, such as w0-1=0.2") from None
 
-# %% ../nbs/11_cli.ipynb #9bd693cc
+# %% ../nbs/11_cli.ipynb #a363caaa
 @app.command()
 def train(
     source: Annotated[str, typer.Option(help=f"where views come from: {', '.join(SOURCES)}")],
@@ -146,12 +146,13 @@ def train(
 ) -> None:
     "Train an encoder, or take up a training that was interrupted: the same command goes on where it was."
     settings = _chosen("objective", objective, _chosen("scale", scale, PRESETS))
-    settings = replace(settings, lr=lr or settings.lr, batch_size=batch_size or settings.batch_size)
+    given = {name: value for name, value in dict(lr=lr, batch_size=batch_size).items() if value is not None}
+    settings = replace(settings, **given)
     materials = _materials(source, load_generator(generator), dataset, folder, recipe=recipe, walkers=walkers,
                            walker_all=walker_all, uniform_sigma=uniform_sigma, group_sigmas=_sigmas(group_sigma or []))
     plan = dict(batch_size=settings.batch_size, steps_per_epoch=steps, views=views, seed=seed)
     batches = make_source(source, materials, t_x, **plan)
-    network = build_encoder(batches.batch(0).shape[2], seed, encoder)
+    network = build_encoder(batches.image_shape[0], seed, encoder)
     module = Contrastive(network, settings.build(network.num_features, seed), settings.config(steps))
     history = fit(module, batches, out, checkpoint_every, workers, logs=logs)
     save_encoder(out / "encoder.safetensors", module.encoder)

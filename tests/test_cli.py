@@ -162,6 +162,8 @@ def test_another_run_in_the_same_folder_is_refused(tmp_path):
     (("train", "--source", "real", "--objective", "magic", "--dataset", "digits", "--out", "x"), "objective='magic'"),
     (("train", "--source", "real", "--scale", "huge", "--dataset", "digits", "--out", "x"), "scale='huge'"),
     (("train", "--source", "group-gaussian", "--group-sigma", "w0-1", "--out", "x"), "should read group=sigma"),
+    (("train", "--source", "synthetic", "--lr", "0", "--out", "x"), "lr positive"),
+    (("train", "--source", "synthetic", "--batch-size", "0", "--out", "x"), "batch_size=0"),
     (("train", "--source", "real", "--dataset", "digits", "--checkpoint-every", "0", "--out", "x"), "checkpoint_every=0"),
     (("train", "--source", "real", "--dataset", "cifar10", "--out", "x"), "folder"),
     (("train", "--source", "real", "--dataset", "digits", "--folder", "there", "--out", "x"), "folder"),
