@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Callable, Sequence
 
 import pandas as pd
+import torch
 from torch import Tensor, nn
 
 from .checkpoints import atomic_path
@@ -24,11 +25,16 @@ def digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
+def _raw(tensor: Tensor) -> bytes:
+    "The numbers of a tensor of any type, bfloat16 too, which numpy does not know."
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
 def weights_digest(module: nn.Module) -> str:
     "Twelve hex digits that identify the values of a module's state."
     state = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
-        state.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+        state.update(name.encode() + _raw(tensor))
     return state.hexdigest()[:12]
 
 # %% ../nbs/02e_cells.ipynb #662977ee
@@ -50,10 +56,10 @@ WHOLE_BYTES = 1 << 28  # of larger tensors some thousand rows are looked at, eve
 
 @described.register
 def _(value: Tensor) -> Any:
-    rows = value.detach()
+    rows = value
     if value.numel() * value.element_size() > WHOLE_BYTES:
         rows = rows[:: -(-len(rows) // 8192)]
-    return [list(value.shape), hashlib.sha256(rows.cpu().contiguous().numpy().tobytes()).hexdigest()[:12]]
+    return [list(value.shape), hashlib.sha256(_raw(rows)).hexdigest()[:12]]
 
 
 described.register(nn.Module)(lambda module: [type(module).__qualname__, weights_digest(module)])

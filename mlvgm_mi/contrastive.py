@@ -164,7 +164,8 @@ class Contrastive(lightning.LightningModule):
         _check_loss(shared, step, views, self.config)
         self.history.append((step, shared.item(), lr))
         self.log("loss", shared, prog_bar=True)
-        self.log("lr", lr)
+        if self.loggers:
+            self.log("lr", lr)
         return loss
 
     def configure_optimizers(self) -> dict[str, Any]:

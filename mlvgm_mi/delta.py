@@ -17,6 +17,7 @@ import pandas as pd
 import seaborn as sns
 import torch
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 from scipy import stats
 from sklearn.isotonic import IsotonicRegression
 from torch import Tensor, nn
@@ -429,6 +430,7 @@ def delta_curves(
     frame = frame[frame["space"] == space]
     panels = list(frame.groupby("generator", sort=False))
     axes = plt.subplots(1, len(panels), figsize=(1.6 + 3.4 * len(panels), 3), sharey=True, squeeze=False)[1][0]
+    lowest = min(0.0, 1.1 * frame["mi_nats"].min())
     styles = dict(zip(["walker", *CONTROLS], ["-", "--", ":"]))
     for ax, (generator, part) in zip(axes, panels):
         groups = part["group"].unique()
@@ -436,7 +438,11 @@ def delta_curves(
             for (kind, seed), line in part[part["group"] == group].groupby(["control", "seed"], sort=False):
                 label = group if (kind, seed) == ("walker", part["seed"].min()) else None
                 ax.plot(line["delta"], line["mi_nats"], styles.get(kind, "-."), color=colour, label=label, lw=1.2)
-        ax.set(title=generator, xlabel=f"displacement ({space}, in prior norms)", ylim=(0, None), xlim=(0, None))
+        ax.set(title=generator, xlabel=f"displacement ({space}, in prior norms)", ylim=(lowest, None), xlim=(0, None))
         ax.legend(fontsize="small")
+    kinds = [kind for kind in styles if kind in set(frame["control"])]
+    keys = [Line2D([], [], color="0.3", ls=styles[kind], label="learned walker" if kind == "walker" else kind) for kind in kinds]
+    axes[-1].add_artist(axes[-1].get_legend())
+    axes[-1].legend(handles=keys, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     axes[0].set_ylabel("nats shared with the anchor")
     return axes[0]

@@ -94,6 +94,8 @@ def shifted(group, sigma):
     ({"a": 1, "b": 2}, {"b": 2, "a": 1}, {"a": 2, "b": 1}),
     (torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(3, 2)), (torch.zeros(2), torch.zeros(2), torch.tensor([0.0, 1e-30])),
     (layer(0), layer(0), layer(1)), (len, len, max),
+    (torch.zeros(2).bfloat16(), torch.zeros(2).bfloat16(), torch.tensor([0.0, 1.0]).bfloat16()),
+    (layer(0).bfloat16(), layer(0).bfloat16(), layer(1).bfloat16()), (torch.tensor(True), torch.tensor(True), torch.tensor(False)),
     (partial(round, ndigits=1), partial(round, ndigits=1), partial(round, ndigits=2)),
     (Setting(1), Setting(1, _cache=3), Setting(2)), (Setting(Setting(1)), Setting(Setting(1)), Setting(Setting(2))),
     (Speaking(1), Speaking(2), Setting(1)), (shifted("w0-1", 0.1), shifted("w0-1", 0.1), shifted("w0-1", 0.2)),
