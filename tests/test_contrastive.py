@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import pandas as pd
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 from mlvgm_mi.checkpoints import WeightsError, save_weights
@@ -547,6 +548,13 @@ def test_logs_hold_the_curve_and_the_first_views(tmp_path):
         assert [value for _, value in pairs] == pytest.approx(history[name][[9, 19]].tolist(), rel=1e-5)
     assert found.Tags()["images"] == ["views"]
     assert {"views.png", "views.pdf"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_any_logger_gets_loss_and_rate(tmp_path):
+    history = fit(run(steps=25), Noise(), trainer_options={"logger": CSVLogger(tmp_path, name="", version="")})
+    logged = pd.read_csv(tmp_path / "metrics.csv").set_index("step")
+    for name in ("loss", "lr"):
+        assert logged[name].to_dict() == pytest.approx(history[name][[9, 19]].to_dict(), rel=1e-5)
 
 
 def test_a_source_that_can_be_moved_is_moved_once():

@@ -498,3 +498,9 @@ def test_the_figure_has_a_panel_per_generator_and_a_style_per_control():
     axes = delta_curves(both, "z").figure.axes
     assert [ax.get_title() for ax in axes] == ["made", "other"]
     assert [line.get_linestyle() for line in axes[0].lines] == ["-", ":"]
+    assert [text.get_text() for text in axes[1].get_legend().texts] == ["learned walker", "direction"]
+
+
+def test_the_figure_shows_estimates_below_zero():
+    low, high = delta_curves(made([-1.0]), "z").get_ylim()
+    assert low < -1.0 and high > 4.0
