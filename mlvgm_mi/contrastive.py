@@ -163,10 +163,14 @@ class Contrastive(lightning.LightningModule):
         shared, lr = _over_ranks(loss.detach()), self.config.lr * self.config.lr_factor(step)
         _check_loss(shared, step, views, self.config)
         self.history.append((step, shared.item(), lr))
-        self.log("loss", shared, prog_bar=True)
-        if self.loggers:
-            self.log("lr", lr)
+        if self._log_due(step):
+            self.log_dict({"loss": shared, "lr": lr}, prog_bar=True)
         return loss
+
+    def _log_due(self, step: int) -> bool:
+        "Whether Lightning hands this step's values on. A call of `log` takes a millisecond, and it drops those of other steps."
+        every = self.trainer.log_every_n_steps
+        return every > 0 and (step + 1) % every == 0
 
     def configure_optimizers(self) -> dict[str, Any]:
         "The optimiser of the config, with a schedule that moves every step."

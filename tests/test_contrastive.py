@@ -550,11 +550,17 @@ def test_logs_hold_the_curve_and_the_first_views(tmp_path):
     assert {"views.png", "views.pdf"} <= {path.name for path in tmp_path.iterdir()}
 
 
-def test_any_logger_gets_loss_and_rate(tmp_path):
-    history = fit(run(steps=25), Noise(), trainer_options={"logger": CSVLogger(tmp_path, name="", version="")})
+@pytest.mark.parametrize(("every", "steps"), [(10, [9, 19]), (5, [4, 9, 14, 19, 24])])
+def test_any_logger_gets_loss_and_rate(tmp_path, every, steps):
+    options = {"logger": CSVLogger(tmp_path, name="", version=""), "log_every_n_steps": every}
+    history = fit(run(steps=25), Noise(), trainer_options=options)
     logged = pd.read_csv(tmp_path / "metrics.csv").set_index("step")
     for name in ("loss", "lr"):
-        assert logged[name].to_dict() == pytest.approx(history[name][[9, 19]].to_dict(), rel=1e-5)
+        assert logged[name].to_dict() == pytest.approx(history[name][steps].to_dict(), rel=1e-5)
+
+
+def test_training_may_log_nothing():
+    assert len(fit(run(steps=3), Noise(), trainer_options={"log_every_n_steps": 0})) == 3
 
 
 def test_a_source_that_can_be_moved_is_moved_once():
