@@ -131,10 +131,10 @@ def train(
     group_sigma: Annotated[list[str] | None, typer.Option(help="group=sigma, for group-gaussian; for each that moves")] = None,
     dataset: Annotated[str, typer.Option(help=f"real images, for real and mixed: {', '.join(DATASETS)}")] = "fashion-mnist",
     folder: Folder = None,
-    encoder: Annotated[str, typer.Option(help=f"{', '.join(ENCODERS)}")] = "small_resnet",
+    encoder: Annotated[str | None, typer.Option(help=f"{', '.join(ENCODERS)}; by default the preset's")] = None,
     objective: Annotated[str, typer.Option(help=f"{', '.join(OBJECTIVES)}")] = "simclr",
     t_x: Annotated[str, typer.Option(help="pixel augmentation")] = "no_color",
-    scale: Annotated[str, typer.Option(help="preset of head, optimiser and schedule: small or paper")] = "small",
+    scale: Annotated[str, typer.Option(help="preset of encoder, head, optimiser and schedule: small or paper")] = "small",
     steps: Annotated[int, typer.Option(help="updates")] = 1000,
     batch_size: Annotated[int | None, typer.Option(help="anchors in a batch; by default the preset's")] = None,
     lr: Annotated[float | None, typer.Option(help="learning rate for 256 anchors in a batch; by default the preset's")] = None,
@@ -146,13 +146,13 @@ def train(
 ) -> None:
     "Train an encoder, or take up a training that was interrupted: the same command goes on where it was."
     settings = _chosen("objective", objective, _chosen("scale", scale, PRESETS))
-    given = {name: value for name, value in dict(lr=lr, batch_size=batch_size).items() if value is not None}
+    given = {name: value for name, value in dict(lr=lr, batch_size=batch_size, encoder=encoder).items() if value is not None}
     settings = replace(settings, **given)
     materials = _materials(source, load_generator(generator), dataset, folder, recipe=recipe, walkers=walkers,
                            walker_all=walker_all, uniform_sigma=uniform_sigma, group_sigmas=_sigmas(group_sigma or []))
     plan = dict(batch_size=settings.batch_size, steps_per_epoch=steps, views=views, seed=seed)
     batches = make_source(source, materials, t_x, **plan)
-    network = build_encoder(batches.image_shape[0], seed, encoder)
+    network = build_encoder(batches.image_shape[0], seed, settings.encoder)
     module = Contrastive(network, settings.build(network.num_features, seed), settings.config(steps))
     history = fit(module, batches, out, checkpoint_every, workers, logs=logs)
     save_encoder(out / "encoder.safetensors", module.encoder)

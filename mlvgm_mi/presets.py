@@ -22,6 +22,7 @@ class Preset:
     final_lr: float = 0.0  # share of the rate at which the cosine ends
     optimiser: str = "sgd"
     weight_decay: float = 1e-4
+    encoder: str = "small_resnet"  # that it was made for, a name in ENCODERS
     options: Mapping[str, Any] = field(default_factory=dict)  # of the objective
 
     def config(self, steps: int, batch_size: int | None = None) -> TrainConfig:
@@ -44,10 +45,10 @@ def preset(scale: str, name: str) -> Preset:
 
 # %% ../nbs/09a_presets.ipynb #83c5e267
 PAPER: dict[str, Preset] = {
-    "simclr": Preset("simclr", 0.03, 224, warmup=0.0, options={"temperature": 0.1}),
-    "simsiam": Preset("simsiam", 0.05, 1024, warmup=0.1, final_lr=0.1),
-    "simsiam-stylegan2": Preset("simsiam", 0.05, 512, warmup=0.0, final_lr=0.1),
-    "byol": Preset("byol", 0.05, 512, warmup=0.0, final_lr=0.1, options={"momentum": 0.996}),
+    "simclr": Preset("simclr", 0.03, 224, warmup=0.0, encoder="resnet50", options={"temperature": 0.1}),
+    "simsiam": Preset("simsiam", 0.05, 1024, warmup=0.1, final_lr=0.1, encoder="resnet50"),
+    "simsiam-stylegan2": Preset("simsiam", 0.05, 512, warmup=0.0, final_lr=0.1, encoder="resnet50"),
+    "byol": Preset("byol", 0.05, 512, warmup=0.0, final_lr=0.1, encoder="resnet50", options={"momentum": 0.996}),
 }
 
 # %% ../nbs/09a_presets.ipynb #ce474681

@@ -137,6 +137,20 @@ def test_the_preset_can_be_overruled(tmp_path, monkeypatch):
     assert seen == dict(views=3, batch_size=64, lr=0.2, workers=2)
 
 
+@pytest.mark.parametrize("words, encoder, batch_size", [
+    (["--scale", "small"], "small_resnet", 128),
+    (["--scale", "paper"], "resnet50", 512),
+    (["--scale", "paper", "--encoder", "small_resnet", "--batch-size", "8"], "small_resnet", 8),
+])  # fmt: skip
+def test_a_scale_brings_its_encoder_and_batch(tmp_path, monkeypatch, words, encoder, batch_size):
+    def remember(module, source, *_, **__):
+        raise ValueError(f"{module.encoder.config['encoder']} {source.batch_size}")
+
+    monkeypatch.setattr(cli, "fit", remember)
+    with pytest.raises(ValueError, match=f"^{encoder} {batch_size}$"):
+        run("train", "--source", "synthetic", "--objective", "byol", *words, "--out", tmp_path)
+
+
 def test_generated_views_need_no_real_images(tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "load_dataset", lambda *_, **__: pytest.fail("loaded"))
     run("train", "--source", "synthetic", "--steps", 2, "--batch-size", 8, "--out", tmp_path)
