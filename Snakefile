@@ -263,7 +263,7 @@ rule longer:
         materials=longer_materials()
     output:
         results("longer.csv", "longer_table.csv", "longer_doubling.csv", "longer_sources.csv"),
-        pictures=picture("longer") + picture("longer_sources")
+        pictures=picture("longer") + picture("longer_sources") + picture("longer_t_x")
     params:
         y=lambda w: parameters("dataset", "images", "encoder", "batch_size", "probe_images", "shares", "seeds", "train", "train_of",
                                **only("E3b_longer"))

@@ -13,7 +13,9 @@ from scipy import stats
 
 from mlvgm_mi import plot
 from mlvgm_mi.latents import rng_for
-from mlvgm_mi.plot import IMPACT_COLUMNS, accuracy_bars, house_style, image_grid, impact_curves, save_figure, view_grid
+from mlvgm_mi.plot import (
+    IMPACT_COLUMNS, accuracy_bars, accuracy_grid, house_style, image_grid, impact_curves, save_figure, view_grid,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -256,8 +258,18 @@ def test_rows_may_be_named_by_several_columns():
     (scores(a=[0.5]).iloc[:0], "frame has no rows"),
 ])
 def test_what_cannot_be_shown_honestly_is_refused(frame, message):
-    with pytest.raises(ValueError, match=message):
-        accuracy_bars(frame, "source")
+    for draw in (lambda: accuracy_bars(frame, "source"), lambda: accuracy_grid(frame.assign(t_x="none"), "source", "t_x")):
+        with pytest.raises(ValueError, match=message.replace("source, seed", "source, (t_x, )?seed")):
+            draw()
+
+
+def test_a_grid_has_means_and_half_intervals_in_their_places():
+    frame = pd.concat([scores(zebra=[0.7, 0.8, 0.9], ant=[0.5]), scores(ant=[0.1, 0.1]).assign(t_x="none")])
+    ax = accuracy_grid(frame, "source", "t_x")
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["zebra", "ant"]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["crop", "none"]
+    assert {cell.get_position(): cell.get_text() for cell in ax.texts} == {
+        (0.5, 0.5): "80.0 ± 24.8", (0.5, 1.5): "50.0", (1.5, 1.5): "10.0 ± 0.0"}
 
 
 # files
