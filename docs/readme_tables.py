@@ -170,13 +170,27 @@ def gains(results: Path) -> pd.DataFrame:
     ])
 
 
+def _by_augmentation(table: pd.DataFrame) -> pd.DataFrame:
+    text = pd.Series([percent(row, "accuracy", "low", "high") for _, row in table.iterrows()], [table.source, table.t_x])
+    columns = [t_x for t_x in T_X if t_x in set(table.t_x)]
+    wide = text.unstack().reindex(index=table.source.unique(), columns=columns).fillna("").rename(columns=T_X)
+    return wide.rename_axis("views from").reset_index()
+
+
 def augmentations(results: Path) -> pd.DataFrame:
     "Linear probe per source and augmentation, for the first objective."
     table = _linear(results)
+    return _by_augmentation(table[table.objective == table.objective.iloc[0]])
+
+
+def longer_augmentations(results: Path) -> pd.DataFrame:
+    "The same after as many updates as most rows have, for the generator that most are from and sources under several of them."
+    table = pd.read_csv(results / "longer_table.csv").query("probe == 'linear'")
     table = table[table.objective == table.objective.iloc[0]]
-    text = pd.Series([percent(row, "accuracy", "low", "high") for _, row in table.iterrows()], [table.source, table.t_x])
-    wide = text.unstack().reindex(index=table.source.unique(), columns=table.t_x.unique()).fillna("").rename(columns=T_X)
-    return wide.rename_axis("views from").reset_index()
+    table = table[table.steps == table.steps.mode().max()]
+    made_by = table.generator[table.source != "real"].mode().iloc[0]
+    table = table[table.generator.isin(["images", made_by])]
+    return _by_augmentation(table[table.groupby("source").t_x.transform("nunique") == table.t_x.nunique()])
 
 
 def _views_from(source: str, generator: str) -> str:
@@ -258,8 +272,8 @@ def continuous(results: Path) -> pd.DataFrame:
 
 
 TABLES = {table.__name__: table for table in (
-    generators, impact, table1, coverage, claims, sources, objectives, gains, augmentations, longer_sources, longer, longer_gains,
-    doubling, continuous, speed)}
+    generators, impact, table1, coverage, claims, sources, objectives, gains, augmentations, longer_sources, longer_augmentations,
+    longer, longer_gains, doubling, continuous, speed)}
 
 
 def markdown(frame: pd.DataFrame) -> str:
