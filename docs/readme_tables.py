@@ -64,7 +64,7 @@ def table1(results: Path) -> pd.DataFrame:
     levels = [name for name in table if name.startswith("delta_at_") and not name.endswith(("_low", "_high"))]
     return pd.DataFrame([
         {"generator": row["generator"], "group": row["group"], "nats lost": interval(row, "lost")}
-        | {f"displacement at {name.removeprefix('delta_at_')} nats": interval(row, name) for name in levels}
+        | {f"displacement with {float(name.removeprefix('delta_at_')):g} nats left": interval(row, name) for name in levels}
         | {"rank by nats": row["impact_rank"], "rank by displacement": row["paper_rank"]} for _, row in table.iterrows()
     ])
 
@@ -73,10 +73,11 @@ def coverage(results: Path) -> pd.DataFrame:
     "How often the interval of the impact sweep holds the truth, by true nats."
     table = pd.read_csv(results / "coverage.csv")
     table = table[table.estimator == "infonce (sweep)"]
+    bands = table.band.str.replace("stated: (.*)", r"\1, the range they are stated for", regex=True)
     return pd.DataFrame({
-        "true nats": table.band, "values": table.trials,
+        "true nats": bands, "values": table.trials,
         "intervals that hold the truth, %": [percent(row, "share", "low", "high") for _, row in table.iterrows()],
-        "without the ceiling, %": [f"{100 * value:.1f}" for value in table.plain],
+        "the same, with no allowance for the ceiling, %": [f"{100 * value:.1f}" for value in table.plain],
         "mean error, nats": [f"{value:+.3f}" for value in table.bias],
     })
 

@@ -60,13 +60,13 @@ def test_profiles_that_ship(path):
     assert all(len(rates) > 1 and min(rates) > 0 for rates in profile.rates.values())
 
 
-@pytest.mark.parametrize("objective", ["simclr", "simsiam", "byol"])
-def test_the_paper_profile_trains_as_the_papers_presets_do(objective):
+@pytest.mark.parametrize("objective, preset", [("simclr", "simclr"), ("simsiam", "simsiam-stylegan2"), ("byol", "byol")])
+def test_the_paper_profile_trains_as_the_papers_presets_for_a_stylegan2_do(objective, preset):
     profile = next(load_profile(path) for path in PROFILES if path.stem == "paper")
-    steps, settings = profile.train["steps"], PAPER[objective]
+    steps, settings = profile.train["steps"], PAPER[preset]
     run = next(run for run in profile.encoders if run.objective == objective)
     assert TrainConfig(**profile.train_for(run)) == settings.config(steps, profile.batch_size)
-    assert profile.options.get(objective, {}) == settings.options
+    assert profile.options.get(objective, {}) == settings.options and profile.encoder == {"encoder": settings.encoder}
 
 
 def test_quick_and_full_have_three_seeds():
