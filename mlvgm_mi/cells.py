@@ -42,8 +42,9 @@ def weights_digest(module: nn.Module) -> str:
 def described(value: Any) -> Any:
     """JSON-like content that identifies a value, for `digest`.
 
-    Plain values stand for themselves, tensors and networks for their numbers, functions for their names, other objects for their
-    class and public attributes, or for what a method `identity` of theirs returns.
+    Plain values stand for themselves, tensors for their numbers, networks for theirs and for the plain public attributes of
+    their parts, functions for their names, other objects for their class and public attributes, or for what a method `identity`
+    of theirs returns.
     """
     if hasattr(value, "identity"):
         return described(value.identity())
@@ -62,7 +63,15 @@ def _(value: Tensor) -> Any:
     return [list(value.shape), hashlib.sha256(_raw(rows)).hexdigest()[:12]]
 
 
-described.register(nn.Module)(lambda module: [type(module).__qualname__, weights_digest(module)])
+@described.register
+def _(module: nn.Module) -> Any:
+    parts = {name: {key: value for key, value in vars(part).items() if isinstance(value, bool | int | float | str)}
+             for name, part in module.named_modules()}  # fmt: skip
+    plain = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.items()
+             if key != "training" and not key.startswith("_")}  # fmt: skip
+    return [type(module).__qualname__, weights_digest(module), plain]
+
+
 described.register(abc.Mapping)(lambda mapping: {str(name): described(value) for name, value in mapping.items()})
 described.register(partial)(lambda call: [described(part) for part in (call.func, call.args, call.keywords)])
 described.register(bool | int | float | str | None)(lambda plain: plain)

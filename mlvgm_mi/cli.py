@@ -7,6 +7,8 @@ __all__ = ['app', 'GENERATOR', 'Out', 'Folder', 'Size', 'Seed', 'generators', 'i
            'main']
 
 # %% ../nbs/11_cli.ipynb #6646bd59
+import math
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -23,7 +25,7 @@ from .datasets import OPENERS
 from .encoders import build_encoder
 from .evaluate import SHARES, few_labels, judge
 from .experiments import SOURCES, Materials, make_source, source_kind
-from .generators.core import GENERATORS, Generator, load_generator
+from .generators.core import GENERATORS, load_generator
 from .impact import ImpactConfig, curves, fit_impact, impact_table, meet_budget
 from .latents import rng_for
 from .perturb import RULES, Recipe, mi_guided
@@ -51,6 +53,21 @@ def _chosen(argument: str, name: str, known: Mapping[str, _T]) -> _T:
     return known[name]
 
 
+def _writable(folder: Path) -> None:
+    "Sees that something can be written there, before any work is done for it; makes nothing."
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"--out: nothing can be written to {folder}, for {there} is no folder or is closed; choose another")
+
+
+def _recipe_of(path: Path, generator: str) -> Recipe:
+    "The recipe of a file, if it was not measured on another of the registered generators."
+    recipe = Recipe.from_yaml(path)
+    if recipe.generator != generator and {recipe.generator, generator} <= GENERATORS.keys():
+        raise ValueError(f"{path} was measured on {recipe.generator}; run `mlvgm-mi impact {generator}` and pass its recipe")
+    return recipe
+
+
 @app.command()
 def generators() -> None:
     "List the generators there are."
@@ -70,11 +87,15 @@ def impact(
 ) -> None:
     "Measure the impact of every group; write table, figure and a recipe that keeps the budget."
     division, config = _chosen("rule", rule, RULES), ImpactConfig(sigma_x=sigma_x, steps=steps, blocks=blocks)
+    if not 0 < budget < math.inf:
+        raise ValueError(f"--budget {budget} must be positive and finite")
+    _writable(out)
     sweep = fit_impact(load_generator(generator), config, seed, generator)
     table = impact_table(sweep.frame)
     write_frame(sweep.frame, out / "impact.csv")
     write_frame(table, out / "impact_table.csv")
     save_figure(impact_curves(sweep.frame).figure, out / "impact")
+    (out / "recipe.yaml").unlink(missing_ok=True)  # one of other curves
     typer.echo(table.round(3).to_string(index=False))
     recipe, estimate, _ = meet_budget(sweep, mi_guided(curves(sweep.frame), budget, division), budget)
     recipe.to_yaml(out / "recipe.yaml")
@@ -92,7 +113,7 @@ def views(
 ) -> None:
     "Draw anchors and the positives of a recipe."
     network = load_generator(generator)
-    perturb = Recipe.from_yaml(recipe).perturb(network.layout)
+    perturb = _recipe_of(recipe, generator).perturb(network.layout)
     grid = draw_views(network, perturb, anchors, partial(rng_for, seed), views=6)
     files = save_figure(view_grid(grid, column_titles=["anchor", *(f"view {i}" for i in range(1, 6))]), out)
     typer.echo("written: " + ", ".join(map(str, files)))
@@ -104,11 +125,13 @@ def _images(dataset: str, folder: Path | None, size: int, channels: int) -> Spli
     return load_dataset(dataset, **pictures, **dict(folder=folder) if folder else {})
 
 
-def _materials(source: str, network: Generator, dataset: str, folder: Path | None, **given: Any) -> Materials:
+def _materials(source: str, generator: str, dataset: str, folder: Path | None, recipe: Path | None, **given: Any) -> Materials:
     "What a source is made of; real images are loaded only for one that shows them."
+    network = load_generator(generator)
+    fitting = _recipe_of(recipe, generator) if recipe and recipe.is_file() else recipe
     real = "images" in source_kind(source)[0].needs
     images = _images(dataset, folder, network.image_shape[-1], network.image_shape[0]).train if real else None
-    return Materials(images, network, **given)
+    return Materials(images, network, fitting, **given)
 
 
 def _sigmas(words: list[str]) -> dict[str, float] | None:
@@ -148,12 +171,13 @@ def train(
     settings = _chosen("objective", objective, _chosen("scale", scale, PRESETS))
     given = {name: value for name, value in dict(lr=lr, batch_size=batch_size, encoder=encoder).items() if value is not None}
     settings = replace(settings, **given)
-    materials = _materials(source, load_generator(generator), dataset, folder, recipe=recipe, walkers=walkers,
+    materials = _materials(source, generator, dataset, folder, recipe=recipe, walkers=walkers,
                            walker_all=walker_all, uniform_sigma=uniform_sigma, group_sigmas=_sigmas(group_sigma or []))
     plan = dict(batch_size=settings.batch_size, steps_per_epoch=steps, views=views, seed=seed)
     batches = make_source(source, materials, t_x, **plan)
     network = build_encoder(batches.image_shape[0], seed, settings.encoder)
     module = Contrastive(network, settings.build(network.num_features, seed), settings.config(steps))
+    _writable(out)
     history = fit(module, batches, out, checkpoint_every, workers, logs=logs)
     save_encoder(out / "encoder.safetensors", module.encoder)
     typer.echo(f"{steps} updates, loss {history.loss.iloc[0]:.3f} -> {history.loss.iloc[-1]:.3f}")
@@ -183,6 +207,8 @@ def evaluate(
     seed: Seed = 0,
 ) -> None:
     "Judge an encoder by probes on real labelled images."
+    if out:
+        _writable(out.parent)
     network = load_encoder(encoder)
     channels = network.config.get("channels", 3)
     splits = _images(dataset, folder, size, channels)
@@ -190,9 +216,9 @@ def evaluate(
         found = splits.train.image_shape[0]
         raise ValueError(f"{encoder} reads images of {channels} channels, those of {dataset} have {found}; choose another set")
     frame = judge(network, splits, dataset, seed, _affordable(splits, seed) if few else {})
+    typer.echo(frame.pivot(index="probe", columns="split", values="accuracy").round(4).to_string())
     if out:
         write_frame(frame, out)
-    typer.echo(frame.pivot(index="probe", columns="split", values="accuracy").round(4).to_string())
 
 
 @app.command()

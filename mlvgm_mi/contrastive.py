@@ -24,6 +24,7 @@ import pandas as pd
 import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader
 
@@ -110,8 +111,10 @@ class TrainConfig:
     precision: str = "bf16-mixed"  # of the encoder, as Lightning names them; "32-true" for float32
 
     def __post_init__(self):
-        if self.steps < 1 or self.lr <= 0 or self.weight_decay < 0:
-            raise ValueError(f"{self}: steps must be at least 1, lr positive, weight_decay not negative")
+        if self.steps < 1 or not 0 < self.lr < math.inf:
+            raise ValueError(f"steps={self.steps} must be at least 1, lr={self.lr} positive and finite")
+        if not 0 <= self.weight_decay < math.inf or not 0 <= self.final_lr <= 1:
+            raise ValueError(f"weight_decay={self.weight_decay} must not be negative, final_lr={self.final_lr} lie in [0, 1]")
         if not 0 <= self.warmup < self.steps:
             raise ValueError(f"warmup={self.warmup} must lie between 0 and steps - 1 = {self.steps - 1}")
         if self.optimiser not in OPTIMISERS:
@@ -159,7 +162,7 @@ class Contrastive(lightning.LightningModule):
     def training_step(self, views: Tensor, index: int) -> Tensor:
         "The loss of a batch; `ValueError` for views of a wrong shape, `FloatingPointError` if the loss is not finite."
         _check_views(views)
-        loss, step = self.objective.step(self.encoder, views), len(self.history)
+        loss, step = _loss(self.objective, self.encoder, views), len(self.history)
         shared, lr = _over_ranks(loss.detach()), self.config.lr * self.config.lr_factor(step)
         _check_loss(shared, step, views, self.config)
         self.history.append((step, shared.item(), lr))
@@ -212,6 +215,8 @@ def _settings(objective: Objective) -> dict[str, Any]:
 
 # %% ../nbs/09_contrastive.ipynb #4859a3fc
 def _check_views(views: Tensor) -> None:
+    if not isinstance(views, Tensor):
+        raise ValueError(f"a batch is a {type(views).__name__}, expected one tensor (B, V, C, H, W); stack the views at axis 1")
     if views.ndim != 5:
         raise ValueError(f"views has shape {tuple(views.shape)}, expected (B, V, C, H, W); stack the views at axis 1")
     if not views.is_floating_point():
@@ -221,6 +226,14 @@ def _check_views(views: Tensor) -> None:
             f"views has B={views.shape[0]} instances with V={views.shape[1]} views, both must be at least 2; "
             "raise the batch size (drop a last batch of one) or the number of views"
         )
+
+
+def _loss(objective: Objective, encoder: Encoder, views: Tensor) -> Tensor:
+    "The loss of a batch; NaN where a matrix of it has no factors, for its entries are not finite or far too large."
+    try:
+        return objective.step(encoder, views)
+    except torch.linalg.LinAlgError:
+        return views.new_full((), math.nan)
 
 
 def _check_loss(loss: Tensor, step: int, views: Tensor, config: TrainConfig) -> None:
@@ -331,7 +344,25 @@ def _trainer(
     common = dict(max_steps=config.steps, precision=config.precision, callbacks=callbacks, plugins=[SealedIO()])
     device = dict(accelerator="auto", devices=1, enable_progress_bar=sys.stderr.isatty())
     together = dict(sync_batchnorm=torch.cuda.is_available())  # there is none for the CPU
-    return lightning.Trainer(**(quiet | common | device | together | dict(options or {})))
+    own = quiet | common | device | together
+    given = dict(options or {})
+    both = {name: [*own[name], *_listed(given.pop(name, []))] for name in ("callbacks", "plugins")}
+    return lightning.Trainer(**(own | given | both))
+
+
+def _listed(value: Any) -> list[Any]:
+    "Lightning takes one callback or a list of them, or none."
+    return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
+
+
+@contextmanager
+def _told_to_stop(module: Contrastive) -> Iterator[None]:
+    "A run that is asked to end (SIGTERM) has not succeeded, and says so; Lightning would leave with exit code 0."
+    try:
+        yield
+    except SIGTERMException:
+        done = len(module.history)
+        raise SystemExit(f"stopped by SIGTERM after {done} updates; the same call goes on from its last checkpoint") from None
 
 
 @contextmanager
@@ -355,6 +386,9 @@ def _check_call(source: BatchSource, checkpoint_every: int, options: Mapping[str
         raise ValueError("source has no batches; check its size against its batch size")
     if checkpoint_every < 1:
         raise ValueError(f"{checkpoint_every=} must be at least 1, the updates from one checkpoint to the next")
+    for name in ("limit_train_batches", "overfit_batches"):
+        if name in options:
+            raise ValueError(f"{name}: the same views would come again; shorten config.steps instead")
     if options.get("accumulate_grad_batches", 1) != 1:
         raise ValueError("accumulate_grad_batches: every update takes one batch here; give the source larger batches")
 
@@ -374,6 +408,8 @@ def fit(
     the folder and ends with the same weights, bit for bit, as if nothing had happened. Raises `ValueError` if the
     folder belongs to another run: other settings, first weights, objective, or views of a source that has an `identity`.
     """
+    if not hasattr(source, "__len__") or not (hasattr(source, "batch") or hasattr(source, "__getitem__")):
+        raise ValueError(f"source is a {type(source).__name__}, expected a source or a list of batches, no loader, no iterator")
     source = source if isinstance(source, BatchSource) else Repeated(source)
     _check_call(source, checkpoint_every, trainer_options or {})
     if hasattr(source, "identity"):
@@ -389,7 +425,8 @@ def fit(
         callbacks += [ShowViews(Path(logs))] if logs else []
         with _quiet():
             trainer = _trainer(module.config, callbacks, logs, trainer_options)
-            trainer.fit(module, Stream(source, first, stop, workers), ckpt_path=path, weights_only=True)
+            with _told_to_stop(module):
+                trainer.fit(module, Stream(source, first, stop, workers), ckpt_path=path, weights_only=True)
     else:
         module.on_load_checkpoint(checkpoint)
         module.load_state_dict(checkpoint["state_dict"])

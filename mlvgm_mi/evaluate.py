@@ -86,6 +86,10 @@ def _check_labelled(**splits: Labelled) -> None:
             raise ValueError(
                 f"{name} has features {tuple(x.shape)} and labels {tuple(y.shape)}, expected (N, D) and (N,), N > 0"
             )
+        if not x.isfinite().all():
+            raise ValueError(f"{name} has features that are not finite; look at the images, and whether the training diverged")
+        if y.dtype != torch.int64 or y.min() < 0:
+            raise ValueError(f"{name} has labels of type {y.dtype} from {y.min().item()} on, expected int64 from 0")
     if len(set(widths.values())) > 1:
         raise ValueError(f"splits have features of different widths {widths}; compute them with the same encoder")
     unseen = set(splits["val"][1].tolist()) - set(splits["train"][1].tolist())

@@ -30,7 +30,7 @@ from .latents import Layout
 from .perturb import Additive, Perturb, Recipe, uniform
 from .streams import Recorded, Replayed
 from .views import AUGMENTATIONS, ContinuousViews, FixedViews, RealViews, ViewSource, mixed
-from .walkers import EqualNorm, load_walkers
+from .walkers import EqualNorm, load_group_walkers, load_walker_all
 
 # %% ../nbs/10a_experiments.ipynb #599d0e08
 @dataclass(frozen=True)
@@ -170,8 +170,8 @@ _TEACH = "teach some with `delta.fit_walkers`, keep them with `walkers.save_walk
 
 MATERIAL_FILES: dict[str, tuple[str, Callable[[str | Path, Layout], Any], str]] = {  # material -> file, reader, how to get it
     "recipe": ("recipe.yaml", lambda path, _: Recipe.from_yaml(path), "pass one of `mlvgm-mi impact` or `impact.meet_budget`"),
-    "walkers": ("walkers.safetensors", load_walkers, _TEACH),
-    "walker_all": ("walker_all.safetensors", load_walkers, _TEACH),
+    "walkers": ("walkers.safetensors", load_group_walkers, _TEACH),
+    "walker_all": ("walker_all.safetensors", load_walker_all, _TEACH),
 }
 
 # %% ../nbs/10a_experiments.ipynb #c5729281

@@ -198,8 +198,9 @@ class Recipe:
         "The recipe in `path`; `ValueError` naming file, key, value and fix if it is not a valid one."
         try:
             return cls(**_known_keys(yaml.safe_load(Path(path).read_text("utf-8"))))
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path}: not a YAML file, write recipes with Recipe.to_yaml ({error})") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            what = str(error).partition("\n")[0]
+            raise ValueError(f"{path}: not a YAML file, write recipes with Recipe.to_yaml or `mlvgm-mi impact` ({what})") from None
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONTROLS', 'Learned', 'Walkers', 'set_blocks', 'all_groups', 'fresh_walkers', 'EqualNorm', 'control', 'displacement',
-           'prior_norms', 'save_walkers', 'load_walkers', 'build_walkers']
+           'prior_norms', 'save_walkers', 'load_walkers', 'load_group_walkers', 'load_walker_all', 'build_walkers']
 
 # %% ../nbs/06a_walkers.ipynb #401c1ce5
 import math
@@ -254,6 +254,22 @@ def load_walkers(
 ) -> Walkers:
     "The walkers of a file, frozen; nothing in it is run. `WeightsError` if it holds none or they do not fit `layout`."
     return build_walkers(read_published(path), layout, name)
+
+
+def load_group_walkers(path: str | Path, layout: Layout) -> Walkers:
+    "The same, of a file that tells groups apart; `ValueError` if it holds one walker for all of several groups."
+    walkers = load_walkers(path, layout)
+    if len(layout.groups) > 1 and list(walkers.steps) == [all_groups(layout)]:
+        raise ValueError(f"{path}: holds one walker of all groups, expected one per group; this one is for walker-all")
+    return walkers
+
+
+def load_walker_all(path: str | Path, layout: Layout) -> Walkers:
+    "The same, of a file with one walker; `ValueError` if it holds several."
+    walkers = load_walkers(path, layout)
+    if len(walkers.steps) > 1:
+        raise ValueError(f"{path}: holds walkers of {', '.join(walkers.steps)}, expected one of all; these are for group-walker")
+    return walkers
 
 
 def build_walkers(

@@ -111,3 +111,12 @@ def test_of_large_tensors_a_part_is_read_that_reaches_the_end(monkeypatch):
     one, other = torch.zeros(20_000), torch.zeros(20_000)
     other[15_000:] = 1
     assert described(one) != described(other)
+
+
+def test_networks_differ_by_plain_attributes_of_their_parts_too():
+    def built(slope, training=False, note=0):
+        network = torch.nn.Sequential(torch.nn.LeakyReLU(slope)).train(training)
+        network._note = note
+        return digest(described(network))
+
+    assert built(0.1) != built(0.2) and built(0.1) == built(0.1, training=True, note=1)

@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -176,7 +177,7 @@ def test_another_run_in_the_same_folder_is_refused(tmp_path):
     (("train", "--source", "real", "--objective", "magic", "--dataset", "digits", "--out", "x"), "objective='magic'"),
     (("train", "--source", "real", "--scale", "huge", "--dataset", "digits", "--out", "x"), "scale='huge'"),
     (("train", "--source", "group-gaussian", "--group-sigma", "w0-1", "--out", "x"), "should read group=sigma"),
-    (("train", "--source", "synthetic", "--lr", "0", "--out", "x"), "lr positive"),
+    (("train", "--source", "synthetic", "--lr", "0", "--out", "x"), "lr=0.0 positive"),
     (("train", "--source", "synthetic", "--batch-size", "0", "--out", "x"), "batch_size=0"),
     (("train", "--source", "real", "--dataset", "digits", "--checkpoint-every", "0", "--out", "x"), "checkpoint_every=0"),
     (("train", "--source", "real", "--dataset", "cifar10", "--out", "x"), "folder"),
@@ -191,3 +192,41 @@ def test_mistakes_cost_one_line(words, message, capsys, tmp_path, monkeypatch):
     error = capsys.readouterr().err
     assert stop.value.code == 2 and message in error and error.count("\n") == 1 and "Traceback" not in error
     assert not list(Path(tmp_path).iterdir())
+
+
+def test_a_recipe_of_another_registered_generator_is_refused(tmp_path):
+    replace(RECIPE, generator="fashion-bigbigan").to_yaml(tmp_path / "recipe.yaml")
+    for words in (("views", "fashion-stylegan2"), ("train", "--source", "guided", "--steps", 2)):
+        with pytest.raises(ValueError, match="was measured on fashion-bigbigan; run `mlvgm-mi impact fashion-stylegan2`"):
+            run(*words, "--recipe", tmp_path / "recipe.yaml", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("words", [
+    ("impact", "linear-gaussian"), ("train", "--source", "synthetic", "--steps", "2"), ("evaluate", "e.safetensors")])
+def test_a_place_where_nothing_can_be_written_is_named_before_any_work(tmp_path, monkeypatch, words):
+    for name in ("fit_impact", "fit", "load_encoder"):
+        monkeypatch.setattr(cli, name, lambda *_, **__: pytest.fail("worked"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="--out: nothing can be written"):
+        run(*words, "--out", tmp_path / "file" / "results")
+
+
+def test_a_recipe_of_other_curves_does_not_stay(tmp_path):
+    words = ("impact", "linear-gaussian", "--steps", 20, "--out", tmp_path, "--budget")
+    run(*words, 0.5)
+    assert (tmp_path / "recipe.yaml").exists()
+    with pytest.raises(ValueError, match="budget=50"):
+        run(*words, 50)
+    assert (tmp_path / "impact.csv").exists() and not (tmp_path / "recipe.yaml").exists()
+
+
+def test_a_run_that_is_told_to_stop_has_not_succeeded(tmp_path):
+    words = ("train", "--source", "synthetic", "--steps", 4000, "--batch-size", 8, "--checkpoint-every", 2, "--out", tmp_path)
+    command = [sys.executable, "-c", "from mlvgm_mi.cli import main; main()", *map(str, words)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list(tmp_path.glob("step-*.ckpt")):
+        time.sleep(0.01)
+    process.terminate()
+    assert "stopped by SIGTERM after" in process.communicate()[1] and process.returncode == 1
+    assert not (tmp_path / "encoder.safetensors").exists()

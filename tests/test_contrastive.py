@@ -7,11 +7,13 @@ import sys
 import warnings
 from dataclasses import dataclass
 
+import lightning
 import pandas as pd
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
+from torch.utils.data import DataLoader
 
 from mlvgm_mi.checkpoints import WeightsError, save_weights
 from mlvgm_mi.contrastive import (
@@ -572,3 +574,52 @@ def test_a_source_that_can_be_moved_is_moved_once():
     moves = []
     fit(run(), Movable())
     assert moves == ["cpu"]
+
+
+# what a caller gives
+
+def test_own_callbacks_and_plugins_come_beside_the_packages(tmp_path):
+    class Counts(lightning.Callback):
+        steps = 0
+
+        def on_train_batch_end(self, *_):
+            self.steps += 1
+
+    for given in ({"callbacks": Counts()}, {"callbacks": [Counts()], "plugins": []}):
+        folder = tmp_path / f"{len(given)}"
+        fit(run(steps=4), Noise(), folder, 2, trainer_options=given, logs=folder)
+        counter = given["callbacks"][0] if isinstance(given["callbacks"], list) else given["callbacks"]
+        assert counter.steps == 4 and (folder / "views.png").exists()
+        assert [path.name for path in sorted(folder.glob("*.ckpt"))] == ["step-00000002.ckpt", "step-00000004.ckpt"]
+        assert len(fit(run(steps=4), Noise(), folder, 2)) == 4  # the checkpoint can be read
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"limit_train_batches": 3}, "limit_train_batches: the same views"), ({"overfit_batches": 1}, "overfit_batches")])
+def test_options_that_would_repeat_views_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        fit(run(), Noise(), trainer_options=options)
+
+
+@pytest.mark.parametrize("source, words", [
+    (DataLoader(torch.zeros(4, 2)), None), (iter([torch.rand(4, 2, 1, 8, 8)]), "source is a list_iterator"),
+    ([(torch.rand(4, 1, 8, 8), torch.rand(4, 1, 8, 8))], "a batch is a list, expected one tensor"),
+])  # fmt: skip
+def test_what_is_no_source_of_tensors_is_named(source, words):
+    with pytest.raises(ValueError, match=words or "source is a DataLoader, expected a source or a list of batches"):
+        fit(run(), source)
+
+
+@pytest.mark.parametrize("config", [dict(lr=math.nan), dict(lr=math.inf), dict(final_lr=-5), dict(weight_decay=math.nan)])
+def test_rates_are_finite(config):
+    with pytest.raises(ValueError, match=next(iter(config))):
+        TrainConfig(**config)
+
+
+def test_a_matrix_without_factors_is_a_loss_that_is_not_finite():
+    class Singular(Objective):
+        def step(self, encoder, views):
+            return torch.linalg.cholesky(-torch.eye(2)).sum()
+
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 0; lower lr"):
+        fit(run(Singular), Noise())

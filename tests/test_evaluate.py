@@ -483,3 +483,16 @@ def test_geometry_of_known_features():
     assert found["uniformity"] == pytest.approx(alignment_uniformity(views.flatten(2))[1])
     with pytest.raises(ValueError, match="expected .B, V, C, H, W."):
         geometry(nn.Flatten(), views[:, 0])
+
+
+@pytest.mark.parametrize("probe", [linear_probe, knn, sgd_probe])
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_features_that_are_not_finite_and_labels_of_another_type_are_refused(probe, split):
+    def data(change):
+        parts = {name: (torch.rand(12, 3, generator=rng_for(0, name)), torch.arange(12) % 3) for name in ("train", "val", "test")}
+        return parts | {split: change(*parts[split])}
+
+    with pytest.raises(ValueError, match=f"{split} has features that are not finite"):
+        probe(**data(lambda x, y: (x.masked_fill(torch.eye(12, 3).bool(), math.nan), y)))
+    with pytest.raises(ValueError, match=f"{split} has labels of type torch.int32"):
+        probe(**data(lambda x, y: (x, y.int())))

@@ -13,14 +13,14 @@ from scipy import stats
 
 from mlvgm_mi.checkpoints import WeightsError, save_weights
 from mlvgm_mi.delta import COLUMNS, WalkConfig, delta_curves, delta_table, fit_groups, fit_walkers
-from mlvgm_mi.generators.core import LinearGaussian, gaussian_mi, linear_pair_mi
+from mlvgm_mi.generators.core import LinearGaussian, gaussian_mi, linear_pair_mi, load_generator
 from mlvgm_mi.generators.stylegan2 import StyleGAN2, StyleGAN2Config
 from mlvgm_mi.latents import Block, Layout, rng_for
 from mlvgm_mi.perturb import Additive, Perturb, Resample, moves, single
 from mlvgm_mi.views import AUGMENTATIONS, ContinuousViews
 from mlvgm_mi.walkers import (
-    CONTROLS, EqualNorm, Learned, Walkers, all_groups, control, displacement, fresh_walkers, load_walkers, prior_norms,
-    save_walkers,
+    CONTROLS, EqualNorm, Learned, Walkers, all_groups, control, displacement, fresh_walkers, load_group_walkers, load_walker_all,
+    load_walkers, prior_norms, save_walkers,
 )
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -504,3 +504,15 @@ def test_the_figure_has_a_panel_per_generator_and_a_style_per_control():
 def test_the_figure_shows_estimates_below_zero():
     low, high = delta_curves(made([-1.0]), "z").get_ylim()
     assert low < -1.0 and high > 4.0
+
+
+def test_files_of_one_walker_and_of_several_are_not_mistaken(tmp_path):
+    network = load_generator("fashion-stylegan2")
+    layout, one, several = network.layout, tmp_path / "one.safetensors", tmp_path / "several.safetensors"
+    save_walkers(one, fresh_walkers(network, [all_groups(layout)]))
+    save_walkers(several, fresh_walkers(network, layout.group_names))
+    assert len(load_walker_all(one, layout).steps) == 1 and len(load_group_walkers(several, layout).steps) == 4
+    with pytest.raises(ValueError, match="one.safetensors: holds one walker of all groups"):
+        load_group_walkers(one, layout)
+    with pytest.raises(ValueError, match="several.safetensors: holds walkers of w0-1, w2-3, w4-5, w6-7, expected one of all"):
+        load_walker_all(several, layout)
