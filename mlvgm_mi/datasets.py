@@ -240,11 +240,20 @@ def _picture(path: str) -> Image.Image:
         return _eight_bits(picture).convert("RGB")
 
 
+class _Pictures(tv.ImageFolder):
+    "A folder per class; those that begin with a dot, such as Jupyter's, are none."
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        names, _ = super().find_classes(directory)
+        names = [name for name in names if not name.startswith(".")]
+        return names, {name: place for place, name in enumerate(names)}
+
+
 def _own(folder: Path) -> Parts:
     "A folder per class, or those below `train`, `val` and `test`."
     if _split_folders(folder):
         return _class_folders(folder, train="train", val="val", test="test")
-    pictures = tv.ImageFolder(folder, loader=_picture)
+    pictures = _Pictures(folder, loader=_picture)
     return Parts({"train": pictures}, tuple(pictures.classes), (folder,))
 
 
@@ -254,7 +263,7 @@ def _class_folders(folder: Path, **names: str) -> Parts:
     homes = {split: folder / name for split, name in names.items() if name in there}
     if "train" not in homes:
         raise FileNotFoundError(f"there is no folder {names['train']} in it")
-    pictures = {split: tv.ImageFolder(home, loader=_picture) for split, home in homes.items()}
+    pictures = {split: _Pictures(home, loader=_picture) for split, home in homes.items()}
     classes = {split: tuple(part.classes) for split, part in pictures.items()}
     if len(set(classes.values())) > 1:
         sizes = ", ".join(f"{split} {len(names)}" for split, names in classes.items())

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from .checkpoints import read_state, save_state
-from .generators.core import Generator
+from .generators.core import Generator, device_of
 from .latents import Latents, normal, rng_for
 from .mi import MLP, InfoNCE, initialise
 from .optics import Optics
@@ -106,7 +106,7 @@ class _Course:
         self.generator, self.walkers, self.config, self.seed = generator, dict(walkers), config, seed
         self.makers = [(name, "walker", moves) for name, moves in walkers.items()]
         self.makers += [(name, kind, control(moves, kind, seed)) for kind in config.controls for name, moves in walkers.items()]
-        self.device = next(generator.parameters()).device
+        self.device = device_of(generator)
         images = _decode_pool(generator, config, seed)
         self.optics = Optics(images, config.sigma_x, config.components)
         self.pool = self.optics.project(images)
@@ -135,7 +135,7 @@ def _adam(weights: Any, lr: float) -> torch.optim.Adam:
 @torch.no_grad()
 def _decode_pool(generator: Generator, config: WalkConfig, seed: int) -> Tensor:
     "`(pool, C, H, W)` images of anchors."
-    device = next(generator.parameters()).device
+    device = device_of(generator)
     sizes = [min(128, config.pool - start) for start in range(0, config.pool, 128)]
     rngs = [rng_for(seed, "walk/pool", step=i, device=device) for i in range(len(sizes))]
     return torch.cat([generator.decode(generator.sample(n, rng)) for n, rng in zip(sizes, rngs)])

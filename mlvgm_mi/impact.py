@@ -21,7 +21,7 @@ from sklearn.isotonic import IsotonicRegression
 from torch import Tensor
 from tqdm import tqdm
 
-from .generators.core import Generator
+from .generators.core import Generator, device_of
 from .latents import Latents, Layout, normal, rng_for
 from .mi import ESTIMATORS, Bound, MIEstimate, initialise, optimise
 from .optics import ImpactCritic, Optics
@@ -143,16 +143,12 @@ class Pool:
 
 def _decoded_runs(generator: Generator, config: ImpactConfig, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     "Conditions and clean images of the training runs, one after the other."
-    device = _device(generator)
+    device = device_of(generator)
     for i in tqdm(range(config.pool // config.batch), desc="decode", disable=None, leave=False):
         rng_of = lambda stream: rng_for(seed, f"impact/train/{stream}", step=i, device=device)
         conditions = draw_conditions(len(generator.layout.groups), rng_of("conditions"))
         anchor = generator.sample(config.batch, rng_of("anchor"))
         yield conditions, decode_pairs(generator, anchor, conditions, lambda c, group: rng_of(f"step/{c}/{group}"))
-
-
-def _device(generator: Generator) -> torch.device:
-    return next(generator.parameters()).device
 
 # %% ../nbs/07_impact.ipynb #ef28ff64
 def decode_pool(generator: Generator, config: ImpactConfig = ImpactConfig(), seed: int = 0) -> Pool:
@@ -175,7 +171,7 @@ def fit_impact(
     "Trains one critic for all conditions; `ValueError` for images that are not finite or out of range."
     pool = pool or decode_pool(generator, config, seed)
     optics, runs, loss_of = pool.optics, pool.batches(config.batch), ESTIMATORS[config.trained_by].training_loss()
-    device, groups = _device(generator), len(generator.layout.groups)
+    device, groups = device_of(generator), len(generator.layout.groups)
     critic = initialise(ImpactCritic(optics.size, groups, config.features), rng_for(seed, "impact/critic")).to(device)
 
     def loss_at(step: int) -> Tensor:
@@ -261,7 +257,7 @@ def _fresh_components(pool: Pool, conditions: Tensor, draw: int, n: int) -> Tens
 
 def _fresh_rows(pool: Pool, conditions: Tensor, draw: int, start: int) -> Tensor:
     rng_of = lambda stream: rng_for(pool.seed, f"impact/measure/{stream}", epoch=draw, step=start,
-                                    device=_device(pool.generator))
+                                    device=device_of(pool.generator))
     anchor = pool.generator.sample(_ROWS, rng_of("anchor"))
     return pool.optics.project(decode_pairs(pool.generator, anchor, conditions, lambda c, group: rng_of(f"step/{group}")))
 

@@ -19,7 +19,7 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from .generators.core import Generator, LinearGaussian
+from .generators.core import Generator, LinearGaussian, device_of
 from .impact import ALL_GROUPS, ImpactSweep, OutOfReachError, curves, decode_pairs, meet_budget
 from .latents import Latents, normal, rng_for
 from .mi import MLP, InfoNCE, MIEstimate, initialise, optimise
@@ -60,7 +60,7 @@ def conditional_information(
     "`I(x; z_group | the rest)` in nats; a lower bound, tight far below the ceiling."
     means = []
     for context in range(contexts):
-        rng_of = lambda stream: rng_for(seed, f"relevance/conditional/{group}/{stream}", step=context, device=_device(generator))
+        rng_of = lambda stream: rng_for(seed, f"relevance/conditional/{group}/{stream}", step=context, device=device_of(generator))
         images = _siblings(generator, group, candidates, rng_of).flatten(1).double()
         noise = normal((looks, *images.shape), rng_of("noise"), dtype=torch.float64)
         scores = ((images + sigma_x * noise) @ images.T - images.square().sum(1) / 2) / sigma_x**2
@@ -83,10 +83,6 @@ def _siblings(generator: Generator, group: str, n: int, rng_of: Callable[[str], 
 def _repeat(latents: Latents, n: int) -> Latents:
     repeated = {id(z): z.expand(n, *z.shape[1:]) for z in latents}
     return tuple(repeated[id(z)] for z in latents)
-
-
-def _device(generator: Generator) -> torch.device:
-    return next(generator.parameters()).device
 
 # %% ../nbs/07a_relevance.ipynb #31078253
 def linear_conditional_mi(generator: LinearGaussian, group: str, sigma_x: float) -> float:
@@ -157,7 +153,7 @@ def _coded_images(generator: Generator, n: int, seed: int, use: str) -> tuple[Te
     "Images, and per group the codes that the stages read, side by side."
     images, codes = [], []
     for start in range(0, n, 64):
-        rng_of = lambda stream: rng_for(seed, f"relevance/{use}/{stream}", step=start, device=_device(generator))
+        rng_of = lambda stream: rng_for(seed, f"relevance/{use}/{stream}", step=start, device=device_of(generator))
         latents = independent_groups(generator, min(64, n - start), rng_of)
         images.append(generator.decode(latents))
         (read,) = generator.embed([latents])
@@ -191,7 +187,7 @@ def jacobian_relevance(
     seed: int = 0,
 ) -> dict[str, tuple[float, float]]:
     "Group -> ARD relevance, squared pixels per squared standard deviation, and its standard error."
-    anchor = independent_groups(generator, samples, partial(rng_for, seed, device=_device(generator)))
+    anchor = independent_groups(generator, samples, partial(rng_for, seed, device=device_of(generator)))
     found = {}
     for name, size in group_sizes(generator).items():
         chosen = torch.randperm(size, generator=rng_for(seed, f"relevance/axes/{name}"))[:axes].tolist()
@@ -262,7 +258,7 @@ def changes(
     conditions = torch.tensor([[s if name == group else 0.0 for group in names] for name, s in plan])
     found, far = [], []
     for start in range(0, pairs, 64):
-        rng_of = lambda stream: rng_for(seed, f"relevance/changes/{stream}", step=start, device=_device(generator))
+        rng_of = lambda stream: rng_for(seed, f"relevance/changes/{stream}", step=start, device=device_of(generator))
         anchor = generator.sample(min(64, pairs - start), rng_of("anchor"))
         images = decode_pairs(generator, anchor, conditions, lambda c, group: rng_of(f"step/{group}"))
         changed, unrelated = _changed(classifier, images)

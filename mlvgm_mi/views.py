@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from .data import ImageSet
-from .generators.core import Generator
+from .generators.core import Generator, device_of
 from .latents import rng_for
 from .perturb import Perturb
 
@@ -338,10 +338,6 @@ def draw_views(
     streams = [lambda group, view=view: rng_of(f"step/{view}/{group}") for view in range(1, views)]
     return generator.decode_views(anchor, [perturb(anchor, stream) for stream in streams])
 
-
-def _device(generator: Generator) -> torch.device:
-    return next((parameter.device for parameter in generator.parameters()), torch.device("cpu"))
-
 # %% ../nbs/08_views.ipynb #a346c4c4
 @dataclass(eq=False)
 class ContinuousViews(ViewSource):
@@ -358,7 +354,7 @@ class ContinuousViews(ViewSource):
     @property
     def device(self) -> torch.device:
         "Where batches are made: with the generator."
-        return _device(self.generator)
+        return device_of(self.generator)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -406,7 +402,7 @@ class FixedViews(_StoredViews):
         "`n` anchors and their positives, decoded now. The first anchors do not depend on `n`."
         stored = torch.empty(n, views, *generator.image_shape, dtype=torch.uint8)
         for start in tqdm(range(0, n, chunk), desc="fixed views", disable=None):
-            rng_of = partial(_chunk_stream, seed=seed, chunk=start // chunk, device=_device(generator))
+            rng_of = partial(_chunk_stream, seed=seed, chunk=start // chunk, device=device_of(generator))
             images = draw_views(generator, perturb, chunk, rng_of, views, clip)
             _check_unit_images(images.flatten(0, 1))
             stored[start : start + chunk] = (images[: n - start] * 255).round().byte()

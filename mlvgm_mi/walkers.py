@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from .checkpoints import WeightsError, load_into, save_weights
-from .generators.core import Generator
+from .generators.core import Generator, device_of
 from .latents import Latents, Layout, normal, rng_for
 from .perturb import Additive, Perturb, Step
 from .pickles import read_published
@@ -156,7 +156,7 @@ def fresh_walkers(
     noise: int = 0,
 ) -> Walkers:
     "Untaught walkers of the right sizes, on the device of the generator; what shares a tensor counts once."
-    draw = generator.sample(1, rng_for(seed, "walker/size", device=next(generator.parameters()).device))
+    draw = generator.sample(1, rng_for(seed, "walker/size", device=device_of(generator)))
     steps = {}
     for name in sets:
         tensors = {id(draw[k]): draw[k] for k in set_blocks(generator.layout, name)}

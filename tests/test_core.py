@@ -7,10 +7,11 @@ import torch
 
 from mlvgm_mi.generators import core
 from mlvgm_mi.generators.core import (
-    GENERATORS, ContractError, Generator, LinearGaussian, check_generator, decode_views, gaussian_mi, linear_direct_mi,
+    GENERATORS, ContractError, Generator, LinearGaussian, check_generator, decode_views, device_of, gaussian_mi, linear_direct_mi,
     linear_pair_mi, load_generator, register,
 )
 from mlvgm_mi.latents import Block, Group, Layout, rng_for, sample_prior
+from mlvgm_mi.walkers import fresh_walkers
 
 
 class Toy(Generator):
@@ -151,3 +152,10 @@ def test_linear_closed_forms_against_samples():
     assert abs(sampled - linear_pair_mi(line, {"z0": (a, b)}, noise)) < 0.01
     sampled = gaussian_mi(torch.cov(torch.cat([x, z[1]], 1).T), 3)
     assert abs(sampled - linear_direct_mi(line, "z1", noise)) < 0.01
+
+
+def test_a_generator_may_have_buffers_alone_or_nothing():
+    bare = Toy()
+    del bare.gain
+    assert device_of(bare) == torch.device("cpu") and device_of(Toy().to("meta")) == torch.device("meta")
+    assert len(fresh_walkers(Toy(), ["a", "b"]).steps) == 2

@@ -419,3 +419,11 @@ def test_a_share_that_leaves_nothing_is_refused():
     few = [(Image.new("RGB", (8, 8)), 0)] * 3
     with pytest.raises(ValueError, match="n=0 must lie between"):
         split_parts(Parts({"train": few, "test": few}, ("one",)), 8, val=0.01)
+
+
+def test_hidden_folders_are_no_classes(tmp_path):
+    for label, name in enumerate(["ant", "bee"]):
+        for number in range(20):
+            picture(tmp_path / name / f"{number}.png", label, number)
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    assert load_pictures("folder", tmp_path, SIZE).train.class_names == ("ant", "bee")

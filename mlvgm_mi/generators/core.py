@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['IMAGES_AT_ONCE', 'CONTRACT', 'GENERATORS', 'Generator', 'gaussian_mi', 'LinearGaussian', 'linear_pair_mi',
            'linear_direct_mi', 'decode_views', 'ContractError', 'check_generator', 'register', 'demo_linear_gaussian',
-           'for_inference', 'load_generator']
+           'for_inference', 'device_of', 'load_generator']
 
 # %% ../../nbs/04_generators.core.ipynb #706b1bba
 import copy
 import importlib
 import math
+from itertools import chain
 from pathlib import Path
 from typing import Any, Callable, Mapping, Sequence
 
@@ -353,6 +354,11 @@ def for_inference(generator: Generator) -> Generator:
     """
     _merge(generator.eval())
     return generator.requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    "Where the numbers of a network are; the CPU if it has none."
+    return next((tensor.device for tensor in chain(module.parameters(), module.buffers())), torch.device("cpu"))
 
 
 def _merge(module: nn.Module) -> None:
