@@ -162,6 +162,8 @@ class Contrastive(lightning.LightningModule):
     def training_step(self, views: Tensor, index: int) -> Tensor:
         "The loss of a batch; `ValueError` for views of a wrong shape, `FloatingPointError` if the loss is not finite."
         _check_views(views)
+        if not self.history:
+            _check_range(views)
         loss, step = _loss(self.objective, self.encoder, views), len(self.history)
         shared, lr = _over_ranks(loss.detach()), self.config.lr * self.config.lr_factor(step)
         _check_loss(shared, step, views, self.config)
@@ -226,6 +228,12 @@ def _check_views(views: Tensor) -> None:
             f"views has B={views.shape[0]} instances with V={views.shape[1]} views, both must be at least 2; "
             "raise the batch size (drop a last batch of one) or the number of views"
         )
+
+
+def _check_range(views: Tensor) -> None:
+    low, high = (bound.item() for bound in views.aminmax())
+    if low < 0 or high > 1:
+        raise ValueError(f"views span [{low:.4g}, {high:.4g}], expected [0, 1]; undo the normalisation, or clamp them")
 
 
 def _loss(objective: Objective, encoder: Encoder, views: Tensor) -> Tensor:

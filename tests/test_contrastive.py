@@ -623,3 +623,9 @@ def test_a_matrix_without_factors_is_a_loss_that_is_not_finite():
 
     with pytest.raises(FloatingPointError, match="the loss is nan at step 0; lower lr"):
         fit(run(Singular), Noise())
+
+
+@pytest.mark.parametrize("scale, shift, words", [(255, 0, r"views span \[0.*, 25.*\], expected \[0, 1\]"), (2, -1, "views span")])
+def test_views_of_another_range_are_refused(scale, shift, words):
+    with pytest.raises(ValueError, match=words):
+        fit(run(), [scale * torch.rand(8, 2, 1, 32, 32, generator=rng_for(0, "range")) + shift])
