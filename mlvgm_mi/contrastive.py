@@ -174,7 +174,7 @@ class Contrastive(lightning.LightningModule):
 
     def _log_due(self, step: int) -> bool:
         "Whether Lightning hands this step's values on. A call of `log` takes a millisecond, and it drops those of other steps."
-        every = self.trainer.log_every_n_steps
+        every = self._trainer.log_every_n_steps if self._trainer else 0  # a loop of one's own has no trainer
         return every > 0 and (step + 1) % every == 0
 
     def configure_optimizers(self) -> dict[str, Any]:

@@ -629,3 +629,10 @@ def test_a_matrix_without_factors_is_a_loss_that_is_not_finite():
 def test_views_of_another_range_are_refused(scale, shift, words):
     with pytest.raises(ValueError, match=words):
         fit(run(), [scale * torch.rand(8, 2, 1, 32, 32, generator=rng_for(0, "range")) + shift])
+
+
+def test_a_training_step_needs_no_trainer():
+    module = run()
+    loss = module.training_step(Noise().batch(0), 0)
+    loss.backward()
+    assert module.history[0][:2] == (0, loss.item()) and all(p.grad is not None for p in module.encoder.parameters())
