@@ -98,6 +98,12 @@ OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 def _one(step: int) -> float:
     return 1.0
 
+
+def _check_precision(name: str) -> None:
+    if name in ("bf16-true", "16-true"):
+        mixed = name.replace("true", "mixed")
+        raise ValueError(f"precision={name!r} would round small updates of the weights away; use {mixed!r}")
+
 # %% ../nbs/09_contrastive.ipynb #72f8df50
 @dataclass(frozen=True)
 class TrainConfig:
@@ -108,7 +114,7 @@ class TrainConfig:
     warmup: int = 50  # steps of linear warm-up
     final_lr: float = 0.0  # share of `lr` at which the cosine ends
     optimiser: str = "adamw"  # a name in OPTIMISERS
-    precision: str = "bf16-mixed"  # of the encoder, as Lightning names them; "32-true" for float32
+    precision: str = "bf16-mixed"  # of the encoder, as Lightning names them; "32-true" for float32; weights keep 32 bits
 
     def __post_init__(self):
         if self.steps < 1 or not 0 < self.lr < math.inf:
@@ -119,6 +125,7 @@ class TrainConfig:
             raise ValueError(f"warmup={self.warmup} must lie between 0 and steps - 1 = {self.steps - 1}")
         if self.optimiser not in OPTIMISERS:
             raise ValueError(f"optimiser={self.optimiser!r} is unknown; choose one of {', '.join(OPTIMISERS)}")
+        _check_precision(self.precision)
 
     def lr_factor(self, step: int) -> float:
         "Share of `lr` for the update after `step` updates: up to 1 in `warmup` steps, then down to `final_lr`."

@@ -9,6 +9,7 @@ __all__ = ['Labelled', 'DECAYS', 'NEIGHBOURS', 'SHARES', 'features', 'ProbeResul
 
 # %% ../nbs/10_evaluate.ipynb #6f71a461
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Iterator, Mapping, Sequence
 
@@ -142,6 +143,7 @@ class SoftmaxRegression:
 
 # %% ../nbs/10_evaluate.ipynb #52b2aed0
 _BIAS = math.sqrt(2)
+_ITERATIONS = 1000  # of the solver; a probe of this package takes some hundred
 
 
 def _minimise(start: Tensor, z: Tensor, y: Tensor, penalty: Tensor, tolerance: float) -> Tensor:
@@ -150,8 +152,11 @@ def _minimise(start: Tensor, z: Tensor, y: Tensor, penalty: Tensor, tolerance: f
         loss, gradient = _softmax_loss(torch.from_numpy(flat).to(z).view(start.shape), z, y, penalty)
         return loss.item(), gradient.double().numpy().ravel()
 
-    options = {"gtol": tolerance, "ftol": 0.0, "maxiter": 1000, "maxcor": 20}
+    options = {"gtol": tolerance, "ftol": 0.0, "maxiter": _ITERATIONS, "maxcor": 20}
     found = optimize.minimize(evaluate, start.numpy().ravel(), jac=True, method="L-BFGS-B", options=options)
+    if found.nit >= _ITERATIONS:
+        warnings.warn(f"a probe stopped after {found.nit} iterations, before its gradient fell from "
+                      f"{np.abs(found.jac).max():.1g} to {tolerance}; leave out the smallest decays", stacklevel=4)
     return torch.from_numpy(found.x).view(start.shape)
 
 # %% ../nbs/10_evaluate.ipynb #e166be5d

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from .cells import described, digest
 from .checkpoints import atomic_path
 from .views import ContinuousViews, ViewSource, draw_views, loader_steps
 
@@ -230,13 +231,37 @@ class Prefetched(_Wrapper):
     def __exit__(self, *error: Any) -> None:
         self.close()
 
+# %% ../nbs/08b_streams.ipynb #b0c2da9c
+def _belongs(folder: Path, source: ViewSource) -> bool:
+    "Puts the name of `source` into an empty folder, and refuses one with another name."
+    mark, name = folder / "source.txt", _name(source)
+    if mark.exists() and mark.read_text() != name:
+        raise ValueError(f"{folder} holds the batches of another source (generator, perturbation, seed, batch size or views "
+                         "differ); give this one a folder of its own, or delete the old one")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not any(folder.iterdir()):
+        with atomic_path(mark) as temporary:
+            temporary.write_text(name)
+    return True
+
+
+def _keep(path: Path, views: Tensor) -> None:
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, views.numpy())
+
+
+def _name(source: ViewSource) -> str:
+    "Whatever augments it; one that has no end, whatever the length of its epochs."
+    free = {"augment", "steps_per_epoch"} if isinstance(source, ContinuousViews) else {"augment"}
+    return digest(described({key: value for key, value in source.identity().items() if key not in free}))
+
 # %% ../nbs/08b_streams.ipynb #3794bc79
 @dataclass(eq=False)
 class Recorded(ViewSource):
     """The batches of `source`, rounded to bytes and kept in `folder`, one file each; whoever comes second reads.
 
-    `ValueError` if not even one epoch is to be decoded, if rows or views are not those of the source, or if a file in the
-    folder has others.
+    `ValueError` if not even one epoch is to be decoded, if rows or views are not those of the source, or if the folder holds
+    the batches of another source.
     """
     source: ViewSource
     folder: Path | str = field(kw_only=True)  # for this source, seed and batch size alone
@@ -251,6 +276,7 @@ class Recorded(ViewSource):
             raise ValueError(f"batch_size={self.batch_size} and views={self.views}, but the source that is recorded has "
                              f"{self.source.batch_size} and {self.source.views}; change the source and record it in a folder "
                              "of its own, and to mix, mix first and record the mixture")
+        self._checked = False
 
     @classmethod
     def of(cls, source: ViewSource, folder: Path | str, epochs: int | None = None) -> "Recorded":
@@ -258,8 +284,8 @@ class Recorded(ViewSource):
         if not isinstance(source, ViewSource):
             raise TypeError(f"source is a {type(source).__name__}, but only a ViewSource draws views that are not augmented "
                             "yet; record first, then wrap the recording, as in Prefetched(Recorded.of(source, folder))")
-        settings = {name: getattr(source, name) for name in ("augment", "batch_size", "views", "seed", "rank", "world_size")}
-        return cls(source, folder=folder, epochs=epochs, steps_per_epoch=len(source), **settings)
+        same = {name: getattr(source, name) for name in ("augment", "batch_size", "views", "seed", "rank", "world_size")}
+        return cls(source, folder=folder, epochs=epochs, steps_per_epoch=len(source), **same)
 
     @property
     def image_shape(self) -> tuple[int, int, int] | None:
@@ -270,15 +296,13 @@ class Recorded(ViewSource):
         "The views of a batch, read or drawn."
         epoch = epoch if self.epochs is None else epoch % self.epochs
         path = Path(self.folder) / f"{self.place()[0]}-{epoch}-{step:06d}.npy"
+        self._checked = self._checked or _belongs(path.parent, self.source)
         if not path.exists():
-            drawn = (self.source.draw(step, epoch) * 255).round().to("cpu", torch.uint8)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_path(path) as temporary, open(temporary, "wb") as file:
-                np.save(file, drawn.numpy())
+            _keep(path, (self.source.draw(step, epoch) * 255).round().to("cpu", torch.uint8))
         views = np.load(path)
         if views.shape[:2] != (self.batch_size, self.views):
-            raise ValueError(f"{path} has shape {views.shape}, expected {self.batch_size} rows of {self.views} views; it is of "
-                             "another source, so give this one a folder of its own")
+            shape = f"{self.batch_size} rows of {self.views} views"
+            raise ValueError(f"{path} has shape {views.shape}, expected {shape}; give this source a folder of its own")
         return torch.from_numpy(views).float() / 255
 
     def to(self, device: torch.device | str) -> "Recorded":

@@ -244,6 +244,8 @@ def test_sizes_of_zero_are_refused(option):
         (dict(weight_decay=-1.0), "weight_decay"),
         (dict(steps=10, warmup=10), "warmup=10"),
         (dict(optimiser="lars"), "'lars'.*adamw"),
+        (dict(precision="bf16-true"), "use 'bf16-mixed'"),
+        (dict(precision="16-true"), "use '16-mixed'"),
     ],
 )
 def test_senseless_configurations_are_refused(options, message):

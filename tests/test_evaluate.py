@@ -147,6 +147,14 @@ def test_probe_does_not_care_for_units(data):
     assert a.choice == b.choice and a.test == pytest.approx(b.test, abs=0.005)
 
 
+def test_a_probe_that_stops_early_says_so(data, monkeypatch, recwarn):
+    linear_probe(**data)
+    assert not recwarn.list
+    monkeypatch.setattr(evaluate, "_ITERATIONS", 3)
+    with pytest.warns(UserWarning, match="stopped after 3 iterations, before its gradient fell from .* to 0.0003"):
+        linear_probe(**data)
+
+
 @pytest.mark.parametrize("probe", [linear_probe, knn])
 def test_test_labels_choose_nothing(probe, data):
     x, y = data["test"]

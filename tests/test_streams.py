@@ -26,13 +26,13 @@ class Rows(Generator):
 
     layout = Layout.of([Block("a", (8,)), Block("b", (8,))])
     image_shape = (1, 8, 8)
-    made = 0
+    _made = 0
 
     def start(self, batch):
         return torch.zeros(batch, 1, 0, 8)
 
     def stage(self, k, state, code):
-        self.made += len(code)
+        self._made += len(code)
         return torch.cat([state.to(code), code[:, None, None].expand(-1, 1, 4, 8)], 2)
 
     def render(self, state):
@@ -111,9 +111,9 @@ def test_one_replay_is_continuous_sampling():
 def test_replay_pays_for_a_part_of_the_anchors_and_for_moved_suffixes():
     source = replayed(3, single(Rows.layout, "b", Resample()))
     source.batch(2)
-    before = source.generator.made
+    before = source.generator._made
     source.batch(3)
-    assert source.generator.made - before == 2 + (2 + 6)  # two new anchors, then with them their six positives
+    assert source.generator._made - before == 2 + (2 + 6)  # two new anchors, then with them their six positives
 
 
 @pytest.mark.parametrize("replays", [1, 2, 3])
@@ -289,12 +289,13 @@ def test_a_run_that_is_cut_and_resumed_on_prefetched_batches_ends_the_same(tmp_p
 
 # decoded once
 
-def test_who_comes_second_reads(tmp_path):
+def test_who_comes_second_reads(tmp_path, monkeypatch):
     source = continuous()
     first = Recorded.of(source, tmp_path)
     made = [first.batch(step, epoch) for epoch in (0, 1) for step in range(5)]
     assert max((batch - source.batch(i % 5, i // 5)).abs().max() for i, batch in enumerate(made)) <= 0.5 / 255 + 1e-6
-    second = Recorded.of(continuous(Failing()), tmp_path)
+    monkeypatch.setattr(ContinuousViews, "draw", lambda *_: pytest.fail("drawn again"))
+    second = Recorded.of(continuous(), tmp_path)
     assert all(torch.equal(batch, second.batch(i % 5, i // 5)) for i, batch in enumerate(made))
     flipped = Recorded.of(replace(source, augment=AUGMENTATIONS["no_color"]), tmp_path).batch(0)
     assert flipped.shape == made[0].shape and not torch.equal(flipped, made[0])
@@ -304,7 +305,7 @@ def test_later_epochs_augment_what_was_decoded_anew(tmp_path):
     source = replace(continuous(), augment=AUGMENTATIONS["no_color"])
     once, flat = Recorded.of(source, tmp_path, epochs=1), Recorded.of(continuous(), tmp_path, epochs=1)
     first, later = ([stream.batch(2, epoch) for epoch in (0, 1)] for stream in (once, flat))
-    assert not torch.equal(*first) and torch.equal(*later) and len(list(tmp_path.iterdir())) == 1
+    assert not torch.equal(*first) and torch.equal(*later) and len(list(tmp_path.glob("*.npy"))) == 1
     assert not torch.equal(flat.batch(2, 0), Recorded.of(continuous(), tmp_path).batch(2, 1))
     with pytest.raises(ValueError, match="epochs=0 must be at least 1"):
         Recorded.of(source, tmp_path, epochs=0)
@@ -312,13 +313,13 @@ def test_later_epochs_augment_what_was_decoded_anew(tmp_path):
 
 def test_ranks_keep_files_of_their_own(tmp_path):
     batches = [Recorded.of(continuous(rank=rank, world_size=2), tmp_path).batch(0) for rank in (0, 1)]
-    assert not torch.equal(*batches) and len(list(tmp_path.iterdir())) == 2
+    assert not torch.equal(*batches) and len(list(tmp_path.glob("*.npy"))) == 2
 
 
 def test_an_interrupted_batch_leaves_no_file(tmp_path):
     with pytest.raises(ArithmeticError):
         Recorded.of(continuous(Failing()), tmp_path).batch(0)
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.glob("*.npy*"))
 
 
 # devices
@@ -419,12 +420,32 @@ def test_a_recording_of_the_size_it_takes_can_be_mixed(tmp_path):
                          "whole": Recorded.of(drawn, tmp_path / "whole")}.items():
         for step in (1, 1, 0):
             torch.testing.assert_close(source.batch(step), drawn.batch(step), atol=0.5 / 255 + 1e-6, rtol=0)
-        assert source.image_shape == (1, 8, 8) and len(list((tmp_path / name).iterdir())) == 2
+        assert source.image_shape == (1, 8, 8) and len(list((tmp_path / name).glob("*.npy"))) == 2
+
+
+RECORDED_OTHERS = [dict(batch_size=4), dict(views=3), dict(seed=1), dict(clip=1.0), dict(generator=Placed()),
+                   dict(perturb=Perturb(Rows.layout, {"a": Additive(1), "b": Additive(2)}))]  # fmt: skip
+
+
+@pytest.mark.parametrize("other", RECORDED_OTHERS, ids=lambda other: next(iter(other)))
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_folder_of_another_source_is_refused(tmp_path, other, step):
+    Recorded.of(continuous(), tmp_path).batch(1)
+    with pytest.raises(ValueError, match="holds the batches of another source .*a folder of its own"):
+        Recorded.of(continuous(**other), tmp_path).batch(step)
+    assert len(list(tmp_path.glob("*.npy"))) == 1
+
+
+@pytest.mark.parametrize("same", [dict(steps_per_epoch=4), dict(augment=AUGMENTATIONS["no_color"]), dict(rank=1, world_size=2)])
+def test_a_folder_serves_other_lengths_augmentations_and_ranks(tmp_path, same):
+    Recorded.of(continuous(), tmp_path).batch(1)
+    Recorded.of(continuous(**same), tmp_path).batch(1)
 
 
 @pytest.mark.parametrize("other", [dict(batch_size=4), dict(views=3)])
-def test_a_folder_of_another_source_is_refused(tmp_path, other):
+def test_batches_of_other_shapes_are_refused_in_folders_without_a_name(tmp_path, other):
     Recorded.of(continuous(), tmp_path).batch(1)
+    (tmp_path / "source.txt").unlink()
     with pytest.raises(ValueError, match=r"0-0-000001.npy has shape \(6, 2, 1, 8, 8\), expected .*a folder of its own"):
         Recorded.of(continuous(**other), tmp_path).batch(1)
 
