@@ -262,7 +262,7 @@ rule longer:
         nb=f"{NB}/E3b_longer.ipynb", code=code(*ENCODERS_CODE, "plot"), recipes=rules.impact.output.recipes,
         materials=longer_materials()
     output:
-        results("longer.csv", "longer_table.csv", "longer_doubling.csv", "longer_sources.csv"),
+        results("longer.csv", "longer_table.csv", "longer_doubling.csv", "longer_sources.csv", "longer_t_x.csv"),
         pictures=picture("longer") + picture("longer_sources") + picture("longer_t_x")
     params:
         y=lambda w: parameters("dataset", "images", "encoder", "batch_size", "probe_images", "shares", "seeds", "train", "train_of",

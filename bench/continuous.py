@@ -1,13 +1,15 @@
 """What continuous sampling adds to a training step, beyond the work of the encoder and of the generator.
 
 `python bench/continuous.py [--quick] [--busy] [--rounds N] [--threads N]` prints a table and replaces its rows in
-results/bench/speed.csv. All variants run in one process and take turns, in every round on other batches. Milliseconds per
-step, the median over the rounds; ratios are taken within a round, with the 10th and 90th percentile.
+results/bench/speed.csv. All variants run in one process and take turns step by step, so that what slows the machine down
+for a while slows all of them; every round has other batches and new networks. Milliseconds per step, the median over the
+rounds; ratios are taken within a round, with the 10th and 90th percentile.
 
 * encoder: augmentation, forward, backward and update on views that lie ready, in a plain loop: what every source costs
 * decode: the generator on latents that lie ready, prefixes shared
 * stream: a training step of `contrastive.fit` on the continuous source, as users run it
-* prefetched, replayed-4: the same with `Prefetched` (a thread) and `Replayed`
+* replayed-4: the same with `Replayed`
+* prefetched: the same with `Prefetched`, in a turn of its own, since its thread works while others would be measured
 * official: the published style: anchor and positive decoded whole, one after the other, the generator moved to the CPU and
   back in every step. On a CPU nothing moves, so all weights are copied twice instead, a lower bound of the traffic
 
@@ -15,6 +17,7 @@ continuous-overhead is stream over (encoder + decode), 1 is perfect. The others 
 """
 
 import argparse
+import threading
 import time
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -34,6 +37,7 @@ from mlvgm_mi.streams import Prefetched, Replayed
 from mlvgm_mi.views import AUGMENTATIONS, ContinuousViews
 
 RECIPE = Recipe({"w0-1": 0.2, "w2-3": 0.8, "w4-5": 0.95, "w6-7": 0.95})
+WARM = 4  # steps that do not count
 CASES = {  # case -> (ours, peer), sums of variants
     "continuous-overhead": (("stream",), ("encoder", "decode")),
     "continuous-official": (("stream",), ("official",)),
@@ -43,20 +47,43 @@ CASES = {  # case -> (ours, peer), sums of variants
 
 
 @dataclass
-class Clocked:
-    "A source that notes when it is asked; the time between two questions is a step."
+class Held:
+    "A source that hands out a batch when it is told to, and `fit` on it in a thread: one call, one step of the training."
 
     source: ContinuousViews | Prefetched
-    clock: Callable[[], float]
-    times: list[float] = field(default_factory=list)
+    threads: int
+    told: threading.Semaphore = field(default_factory=partial(threading.Semaphore, 0))
+    asked: threading.Semaphore = field(default_factory=partial(threading.Semaphore, 0))
 
     def __len__(self) -> int:
         return len(self.source)
 
     def batch(self, step: int, epoch: int = 0) -> Tensor:
-        "The batch, from the source."
-        self.times.append(self.clock())
+        "The batch, from the source, when it is time."
+        self.asked.release()
+        self.told.acquire()
         return self.source.batch(step, epoch)
+
+    def start(self, module: Contrastive) -> None:
+        "Begins to train, up to the first question for a batch."
+        def train() -> None:
+            torch.set_num_threads(self.threads)  # a thread starts with the default
+            fit(module, self)
+
+        self.thread = threading.Thread(target=train)
+        self.thread.start()
+        self.asked.acquire()
+
+    def __call__(self, step: int) -> None:
+        "From one question for a batch to the next."
+        self.told.release()
+        self.asked.acquire()
+
+    def finish(self) -> None:
+        "Ends the training."
+        while self.thread.is_alive():
+            self.told.release()
+            self.thread.join(0.01)
 
 
 @dataclass
@@ -71,21 +98,13 @@ class Bench:
     def module(self) -> Contrastive:
         "An encoder with a SimCLR head."
         encoder = small_resnet(self.source.generator.image_shape[0], width=self.width)
-        return Contrastive(encoder, OBJECTIVES["simclr"](encoder.num_features), TrainConfig(self.steps + 3, warmup=1))
+        return Contrastive(encoder, OBJECTIVES["simclr"](encoder.num_features), TrainConfig(WARM + self.steps + 1, warmup=1))
 
     def latents(self, step: int) -> tuple[Latents, Latents]:
         "An anchor and its positive."
         stream = partial(self.source.stream, step=step, epoch=0, device=self.source.device)
         anchor = self.source.generator.sample(self.source.batch_size, stream("anchor"))
         return anchor, self.source.perturb(anchor, lambda group: stream(f"step/1/{group}"))
-
-    def timed(self, work: Callable[[int], None], first: int) -> float:
-        "Seconds per call, after one that does not count."
-        work(first)
-        start = self.clock()
-        for step in range(first + 1, first + 1 + self.steps):
-            work(step)
-        return (self.clock() - start) / self.steps
 
     def train_step(self, module: Contrastive, optimiser: torch.optim.Optimizer, views: Tensor, step: int) -> None:
         "A plain training step."
@@ -97,19 +116,18 @@ class Bench:
         loss.backward()
         optimiser.step()
 
-    def encoder(self, first: int) -> float:
+    def encoder(self, first: int) -> Callable[[int], None]:
         "Training on views that lie ready."
         module = self.module()
         optimiser, views = module.config.build_optimiser(module.parameters()), self.source.draw(first, 0)
-        return self.timed(lambda step: self.train_step(module, optimiser, views, step), first)
+        return lambda step: self.train_step(module, optimiser, views, step)
 
-    def decode(self, first: int) -> float:
+    def decode(self, first: int) -> Callable[[int], None]:
         "Decoding latents that lie ready."
-        ready = {step: self.latents(step) for step in range(first, first + 1 + self.steps)}
-        decode = torch.no_grad()(lambda step: self.source.generator.decode_views(ready[step][0], [ready[step][1]]))
-        return self.timed(decode, first)
+        ready = {step: self.latents(step) for step in range(first, first + WARM + self.steps)}
+        return torch.no_grad()(lambda step: self.source.generator.decode_views(ready[step][0], [ready[step][1]]))
 
-    def official(self, first: int) -> float:
+    def official(self, first: int) -> Callable[[int], None]:
         "Two whole decodes, the generator moved away and back, and the training step."
         module, generator = self.module(), self.source.generator
         optimiser = module.config.build_optimiser(module.parameters())
@@ -123,25 +141,38 @@ class Bench:
             self.train_step(module, optimiser, views, index)
             del copies
 
-        return self.timed(step, first)
+        return step
 
-    def loop(self, source: ContinuousViews | Prefetched) -> float:
-        "Steps of `fit`; the first ones, which warm up, do not count."
-        clocked = Clocked(source, self.clock)
-        fit(self.module(), clocked)
-        return float(np.mean(np.diff(clocked.times)[-self.steps :]))
+    def timed(self, variants: dict[str, Callable[[int], None]], first: int) -> dict[str, float]:
+        "Mean seconds per step of each, in turns of one step, after some that do not count."
+        times: dict[str, list[float]] = {name: [] for name in variants}
+        for step in range(first, first + WARM + self.steps):
+            for name, work in variants.items():
+                start = self.clock()
+                work(step)
+                times[name].append(self.clock() - start)
+        return {name: float(np.mean(each[WARM:])) for name, each in times.items()}
+
+    def trained(self, variants: dict[str, Callable[[int], None]], sources: dict[str, object], first: int) -> dict[str, float]:
+        "The same, with `fit` on sources beside."
+        held = {name: Held(source, torch.get_num_threads()) for name, source in sources.items()}
+        for one in held.values():
+            one.start(self.module())
+        times = self.timed(variants | held, first)
+        for one in held.values():
+            one.finish()
+        return times
 
     def round(self, index: int) -> dict[str, float]:
         "Seconds per step of every variant, on batches of this round."
         source = replace(self.source, seed=index)
-        ahead = Prefetched(source)
         again = Replayed(source.generator, source.perturb, replays=4, augment=source.augment, seed=index,
                          batch_size=source.batch_size, steps_per_epoch=source.steps_per_epoch)  # fmt: skip
-        first = index * (self.steps + 1)
-        times = {name: getattr(self, name)(first) for name in ("encoder", "decode", "official")}
-        times |= {"stream": self.loop(source), "prefetched": self.loop(ahead), "replayed-4": self.loop(again)}
-        ahead.close()
-        return times
+        first = index * (self.steps + WARM)
+        plain = {name: getattr(self, name)(first) for name in ("encoder", "decode", "official")}
+        times = self.trained(plain, {"stream": source, "replayed-4": again}, first)
+        with Prefetched(source) as ahead:
+            return times | self.trained({}, {"prefetched": ahead}, first)
 
 
 def rows(setting: str, times: pd.DataFrame) -> Iterator[dict[str, object]]:
@@ -171,7 +202,7 @@ def main() -> None:
     for size, t_x in settings:
         source = ContinuousViews(generator, RECIPE.perturb(generator.layout), augment=AUGMENTATIONS[t_x], batch_size=size,
                                  steps_per_epoch=1000)  # fmt: skip
-        bench = Bench(source, clock, steps=3 if options.quick else max(4, 512 // size))
+        bench = Bench(source, clock, steps=3 if options.quick else max(6, 1024 // size))
         times = pd.DataFrame([bench.round(index) for index in range(2 if options.quick else options.rounds)])
         print(f"batch {size}, {t_x}, ms/step:", (1000 * times.median()).round(1).to_dict(), flush=True)
         found += rows(f"batch {size}, {t_x}", times)

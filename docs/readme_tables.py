@@ -185,13 +185,22 @@ def augmentations(results: Path) -> pd.DataFrame:
 
 
 def longer_augmentations(results: Path) -> pd.DataFrame:
-    "The same after as many updates as most rows have, for the generator that most are from and sources under several of them."
-    table = pd.read_csv(results / "longer_table.csv").query("probe == 'linear'")
-    table = table[table.objective == table.objective.iloc[0]]
-    table = table[table.steps == table.steps.mode().max()]
-    made_by = table.generator[table.source != "real"].mode().iloc[0]
-    table = table[table.generator.isin(["images", made_by])]
-    return _by_augmentation(table[table.groupby("source").t_x.transform("nunique") == table.t_x.nunique()])
+    "The same after as many updates as most rows have, for the generator that most are from."
+    return _by_augmentation(pd.read_csv(results / "longer_t_x.csv").query("probe == 'linear'"))
+
+
+def longer_augmentation_gains(results: Path) -> pd.DataFrame:
+    "What guided views gain over every source under the same augmentation."
+    table = pd.read_csv(results / "longer_t_x.csv")
+    table, rows = table[table.minus_guided.notna()], {}
+    for probe, title in {"linear": "linear", "knn": "kNN"}.items():
+        for own in table[table.probe == probe].to_dict("records"):
+            less, low, high = (-own[f"minus_guided{end}"] for end in ("", "_high", "_low"))
+            gain = interval({"gain": less, "gain_low": low, "gain_high": high}, "gain", 100, 1)
+            row = rows.setdefault((probe, own["source"]), {"probe": title, "guided minus": own["source"]})
+            row[own["t_x"]] = gain
+    columns = ["probe", "guided minus", *(t_x for t_x in T_X if t_x in set(table.t_x))]
+    return pd.DataFrame(rows.values())[columns].rename(columns=T_X).fillna("")
 
 
 def _views_from(source: str, generator: str) -> str:
@@ -274,7 +283,7 @@ def continuous(results: Path) -> pd.DataFrame:
 
 TABLES = {table.__name__: table for table in (
     generators, impact, table1, coverage, claims, sources, objectives, gains, augmentations, longer_sources, longer_augmentations,
-    longer, longer_gains, doubling, continuous, speed)}
+    longer_augmentation_gains, longer, longer_gains, doubling, continuous, speed)}
 
 
 def markdown(frame: pd.DataFrame) -> str:
