@@ -19,6 +19,7 @@ continuous-overhead is stream over (encoder + decode), 1 is perfect. The others 
 import argparse
 import threading
 import time
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Callable, Iterator
@@ -54,6 +55,7 @@ class Held:
     threads: int
     told: threading.Semaphore = field(default_factory=partial(threading.Semaphore, 0))
     asked: threading.Semaphore = field(default_factory=partial(threading.Semaphore, 0))
+    over: bool = False
 
     def __len__(self) -> int:
         return len(self.source)
@@ -68,7 +70,11 @@ class Held:
         "Begins to train, up to the first question for a batch."
         def train() -> None:
             torch.set_num_threads(self.threads)  # a thread starts with the default
-            fit(module, self)
+            try:
+                fit(module, self)
+            finally:
+                self.over = True
+                self.asked.release()
 
         self.thread = threading.Thread(target=train)
         self.thread.start()
@@ -78,6 +84,8 @@ class Held:
         "From one question for a batch to the next."
         self.told.release()
         self.asked.acquire()
+        if self.over:
+            raise RuntimeError("the training ended before its time; its error is above")
 
     def finish(self) -> None:
         "Ends the training."
@@ -92,7 +100,7 @@ class Bench:
 
     source: ContinuousViews
     clock: Callable[[], float]
-    steps: int  # timed in each turn
+    steps: int  # timed in each round
     width: int = 16  # of the encoder
 
     def module(self) -> Contrastive:
@@ -129,7 +137,7 @@ class Bench:
 
     def official(self, first: int) -> Callable[[int], None]:
         "Two whole decodes, the generator moved away and back, and the training step."
-        module, generator = self.module(), self.source.generator
+        module, generator = self.module(), deepcopy(self.source.generator)  # the others' stays where it is
         optimiser = module.config.build_optimiser(module.parameters())
 
         def step(index: int) -> None:
