@@ -76,7 +76,7 @@ class Held:
                 self.over = True
                 self.asked.release()
 
-        self.thread = threading.Thread(target=train)
+        self.thread = threading.Thread(target=train, daemon=True)
         self.thread.start()
         self.asked.acquire()
 
@@ -161,7 +161,9 @@ class Bench:
                 times[name].append(self.clock() - start)
         return {name: float(np.mean(each[WARM:])) for name, each in times.items()}
 
-    def trained(self, variants: dict[str, Callable[[int], None]], sources: dict[str, object], first: int) -> dict[str, float]:
+    def trained(
+        self, variants: dict[str, Callable[[int], None]], sources: dict[str, ContinuousViews | Prefetched], first: int
+    ) -> dict[str, float]:
         "The same, with `fit` on sources beside."
         held = {name: Held(source, torch.get_num_threads()) for name, source in sources.items()}
         for one in held.values():

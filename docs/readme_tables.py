@@ -184,6 +184,12 @@ def augmentations(results: Path) -> pd.DataFrame:
     return _by_augmentation(table[table.objective == table.objective.iloc[0]])
 
 
+def _over_this(row: dict[str, float], minus: str) -> str:
+    "What the other gains over a row that lists what it has less, in points."
+    less, low, high = (-row[f"{minus}{end}"] for end in ("", "_high", "_low"))
+    return interval({"gain": less, "gain_low": low, "gain_high": high}, "gain", 100, 1)
+
+
 def longer_augmentations(results: Path) -> pd.DataFrame:
     "The same after as many updates as most rows have, for the generator that most are from."
     return _by_augmentation(pd.read_csv(results / "longer_t_x.csv").query("probe == 'linear'"))
@@ -195,10 +201,8 @@ def longer_augmentation_gains(results: Path) -> pd.DataFrame:
     table, rows = table[table.minus_guided.notna()], {}
     for probe, title in {"linear": "linear", "knn": "kNN"}.items():
         for own in table[table.probe == probe].to_dict("records"):
-            less, low, high = (-own[f"minus_guided{end}"] for end in ("", "_high", "_low"))
-            gain = interval({"gain": less, "gain_low": low, "gain_high": high}, "gain", 100, 1)
             row = rows.setdefault((probe, own["source"]), {"probe": title, "guided minus": own["source"]})
-            row[own["t_x"]] = gain
+            row[own["t_x"]] = _over_this(own, "minus_guided")
     columns = ["probe", "guided minus", *(t_x for t_x in T_X if t_x in set(table.t_x))]
     return pd.DataFrame(rows.values())[columns].rename(columns=T_X).fillna("")
 
@@ -215,9 +219,7 @@ def longer_sources(results: Path) -> pd.DataFrame:
         rows[source] = {"views from": source}
         for own in table[table.source == source].to_dict("records"):
             rows[source][f"{own['objective']}, {own['steps']:,} updates"] = percent(own, "accuracy", "low", "high")
-            less, low, high = (-own[f"minus_best_guided{end}"] for end in ("", "_high", "_low"))
-            gain = {"gain": less, "gain_low": low, "gain_high": high}
-            rows[source][f"{own['objective']}, guided minus this"] = interval(gain, "gain", 100, 1)
+            rows[source][f"{own['objective']}, guided minus this"] = _over_this(own, "minus_best_guided")
     return pd.DataFrame(rows.values()).fillna("")
 
 

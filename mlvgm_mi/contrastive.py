@@ -114,7 +114,7 @@ class TrainConfig:
     warmup: int = 50  # steps of linear warm-up
     final_lr: float = 0.0  # share of `lr` at which the cosine ends
     optimiser: str = "adamw"  # a name in OPTIMISERS
-    precision: str = "bf16-mixed"  # of the encoder, as Lightning names them; "32-true" for float32; weights keep 32 bits
+    precision: str = "bf16-mixed"  # of the encoder, as Lightning names them; "32-true" for float32; not of the weights
 
     def __post_init__(self):
         if self.steps < 1 or not 0 < self.lr < math.inf:

@@ -251,9 +251,8 @@ def _keep(path: Path, views: Tensor) -> None:
 
 
 def _name(source: ViewSource) -> str:
-    "Whatever augments it; one that has no end, whatever the length of its epochs."
-    free = {"augment", "steps_per_epoch"} if isinstance(source, ContinuousViews) else {"augment"}
-    return digest(described({key: value for key, value in source.identity().items() if key not in free}))
+    "Of all that its views depend on before they are augmented."
+    return digest(described({key: value for key, value in source.identity().items() if key not in source.not_drawn}))
 
 # %% ../nbs/08b_streams.ipynb #3794bc79
 @dataclass(eq=False)

@@ -177,6 +177,7 @@ class Identified:
     "Base class of data classes whose fields say what they compute."
 
     no_matter = ("rank", "world_size")  # fields on which that does not depend
+    not_drawn = ("augment",)  # nor what is computed before augmentation
 
     def identity(self) -> dict[str, Any]:
         "Class and fields, for `cells.described`."
@@ -345,6 +346,7 @@ class ContinuousViews(ViewSource):
     generator: Generator = field(repr=False)
     perturb: Perturb
     clip: float | None = None  # cut the anchors' prior at +-clip standard deviations
+    not_drawn = (*ViewSource.not_drawn, "steps_per_epoch")
 
     def __post_init__(self):
         super().__post_init__()
