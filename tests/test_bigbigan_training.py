@@ -156,7 +156,7 @@ def test_published_weights_come_back(tmp_path):
     torch.testing.assert_close(torch.cat(encoder.latents(pixels), 1), expected)
     assert BigBiGANTrainingConfig(**config["training"]) == CONFIG
     assert config["card"] == {"licence": "test"} and config["kimg"] == 0.008
-    assert len(check_generator(generator)) == 8
+    assert len(check_generator(generator)) == 9
 
 
 def test_publishing_leaves_the_training_alone(tmp_path):
@@ -190,7 +190,7 @@ def test_the_shipped_file():
 def test_the_shipped_generator(shipped):
     assert len(shipped.layout.blocks) >= 4 and shipped.image_shape == (1, 32, 32)
     assert not any(isinstance(layer, SpectralNorm) for layer in shipped.modules())
-    assert len(check_generator(shipped)) == 8
+    assert len(check_generator(shipped)) == 9
     tensors, config = read_weights(weights_file("fashion_bigbigan"))
     plain = load_bigbigan(tensors, BigBiGANConfig(**config["generator"]))
     z = shipped.sample(16, rng_for(0, "z"))

@@ -1,4 +1,4 @@
-"The protocol: the contract passes for what is registered, and tells ten broken generators what they did."
+"The protocol: the contract passes for what is registered, and tells broken generators what they did."
 import itertools
 import math
 
@@ -44,6 +44,11 @@ def wrong_layout():
     return toy
 
 
+def drawn(change):
+    "Samples of the prior, changed."
+    return lambda self, n, rng, clip=None: tuple(change(z) for z in sample_prior(self.layout, n, rng, clip))
+
+
 FAULTS = {
     "shapes and range: decode gave": lambda: broken(render=lambda self, s: torch.sigmoid(s)),
     "image_range promises": lambda: broken(render=lambda self, s: s[:, None, None]),
@@ -53,6 +58,11 @@ FAULTS = {
     "the rng argument is ignored": lambda: broken(
         sample=lambda self, n, rng, clip=None: sample_prior(self.layout, n, rng_for(7, "fixed"), clip)),
     "decode twice": lambda: broken(render=lambda self, s: torch.sigmoid(s + torch.rand_like(s))[:, None, None]),
+    "block 'a' has mean 0": lambda: broken(sample=drawn(lambda z: z + 0.5)),
+    "block 'a' has mean square 1.": lambda: broken(sample=drawn(lambda z: 1.3 * z)),
+    "block 'a' has mean fourth power": lambda: broken(sample=drawn(lambda z: (2 * torch.special.ndtr(z) - 1) * math.sqrt(3))),
+    "block 'b' has mean square 0.": lambda: broken(sample=lambda self, n, rng, clip=None: (
+        lambda a, b: (a, b / 2))(*sample_prior(self.layout, n, rng, clip))),
     "fold = decode": lambda: broken(decode=lambda self, z: Toy.decode(self, z).flip(-1)),
     "batch independence": lambda: broken(render=lambda self, s: torch.sigmoid(s - s.mean(0))[:, None, None]),
     "prefix-shared = full decode": lambda: broken(
@@ -64,7 +74,7 @@ FAULTS = {
 
 
 def test_a_sound_generator_passes():
-    assert len(check_generator(Toy())) == 8
+    assert len(check_generator(Toy())) == 9
 
 
 @pytest.mark.parametrize("message", FAULTS)

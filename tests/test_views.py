@@ -58,7 +58,7 @@ def rows(batches):
 
 
 def test_the_window_keeps_the_contract():
-    assert len(check_generator(Window())) == 8
+    assert len(check_generator(Window())) == 9
 
 
 # streams

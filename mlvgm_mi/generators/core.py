@@ -27,8 +27,8 @@ from ..pickles import build_published, read_published
 class Generator(nn.Module):
     """Base class: `layout`, `start`, `stage` and `render` make a generator; images are `(B, *image_shape)`.
 
-    The state that goes from stage to stage is any nesting of tensors with the batch first. Blocks are standard normal
-    unless `sample` says otherwise.
+    The state that goes from stage to stage is any nesting of tensors with the batch first. Blocks are standard normal:
+    the steps of `perturb` keep that prior. A generator with another one draws a normal and maps it in `embed`.
     """
 
     layout: Layout
@@ -256,6 +256,21 @@ def _rule_determinism(generator: Generator, tolerance: float, seed: int) -> None
     _require_close(generator.decode(z), generator.decode(z), 0, "determinism given an rng", "decode twice gives two images")
 
 # %% ../../nbs/04_generators.core.ipynb #8895a22f
+_MOMENTS = {"mean": (1, 0, 1), "mean square": (2, 1, 2), "mean fourth power": (4, 3, 96)}  # power, its mean and variance
+
+
+def _rule_prior(generator: Generator, tolerance: float, seed: int) -> None:
+    "standard normal blocks"
+    rule, widths = "standard normal blocks", [math.prod(block.shape) for block in generator.layout.blocks]
+    draws = min(1024, max(3, 4096 // min(widths)))
+    for block, z in zip(generator.layout.blocks, _draw(generator, seed, draws)):
+        for name, (power, wanted, variance) in _MOMENTS.items():
+            found, allowed = z.double().pow(power).mean().item(), 6 * math.sqrt(variance / z.numel())
+            _require(abs(found - wanted) <= allowed, rule,
+                     f"block {block.name!r} has {name} {found:.3g}, expected {wanted} +- {allowed:.2g}; "
+                     "draw a standard normal in `sample` and map it in `embed`")
+
+
 def _rule_fold(generator: Generator, tolerance: float, seed: int) -> None:
     "fold = decode"
     z = _draw(generator, seed)
@@ -312,7 +327,8 @@ def _rule_dtype(generator: Generator, tolerance: float, seed: int) -> None:
                    "device and dtype follow the input", "float64 and float32 disagree")
 
 # %% ../../nbs/04_generators.core.ipynb #8a0f89b0
-CONTRACT = (_rule_layout, _rule_shapes, _rule_determinism, _rule_fold, _rule_batch, _rule_prefix, _rule_gradients, _rule_dtype)
+CONTRACT = (_rule_layout, _rule_shapes, _rule_determinism, _rule_prior, _rule_fold, _rule_batch, _rule_prefix, _rule_gradients,
+            _rule_dtype)
 
 
 def check_generator(
