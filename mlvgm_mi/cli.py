@@ -37,7 +37,7 @@ from .views import draw_views
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Which latents of a generator matter, in nats, and what to train with the answer.")
 
-GENERATOR = "a registered name, see `generators`, or a file of weights"
+GENERATOR = "a registered name, see `generators`, a file of weights, or module:function of your own"
 Out = Annotated[Path, typer.Option(help="folder for what is written")]
 Folder = Annotated[Path | None, typer.Option(help=f"where the data set lies; needed by {', '.join(OPENERS)}")]
 Size = Annotated[int, typer.Option(help="pixels to which the pictures of such a set are cut")]
@@ -234,7 +234,8 @@ def reproduce(
 
 # %% ../nbs/11_cli.ipynb #d32984a4
 def main(run: Callable[[], None] = app) -> None:
-    "The `mlvgm-mi` command: a bad argument costs one line, not a traceback."
+    "The `mlvgm-mi` command: a bad argument costs one line, not a traceback. Your modules are found where it runs."
+    sys.path += [""] * ("" not in sys.path)
     try:
         run()
     except (ValueError, KeyError, DataUnavailableError, OSError, FloatingPointError) as error:

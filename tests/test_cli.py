@@ -184,6 +184,7 @@ def test_another_run_in_the_same_folder_is_refused(tmp_path):
     (("train", "--source", "real", "--dataset", "digits", "--folder", "there", "--out", "x"), "folder"),
     (("evaluate", "nowhere.safetensors", "--dataset", "digits"), "no such file"),
     (("reproduce",), "there is no Snakefile"),
+    (("impact", "my_decoders:build"), "there is no module my_decoders"),
 ])
 def test_mistakes_cost_one_line(words, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -192,6 +193,15 @@ def test_mistakes_cost_one_line(words, message, capsys, tmp_path, monkeypatch):
     error = capsys.readouterr().err
     assert stop.value.code == 2 and message in error and error.count("\n") == 1 and "Traceback" not in error
     assert not list(Path(tmp_path).iterdir())
+
+
+def test_a_generator_of_the_folder_where_the_command_runs(tmp_path):
+    (tmp_path / "my_decoders.py").write_text("from mlvgm_mi.generators.core import demo_linear_gaussian as build\n")
+    command = Path(sys.executable).with_name("mlvgm-mi")
+    words = ["impact", "my_decoders:build", "--steps", "20", "--budget", "0.5"]
+    done = subprocess.run([command, *words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Recipe.from_yaml(tmp_path / "impact" / "recipe.yaml").generator == "my_decoders:build"
 
 
 def test_a_recipe_of_another_registered_generator_is_refused(tmp_path):

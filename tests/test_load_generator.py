@@ -165,6 +165,54 @@ def test_strange_files_say_what_was_found(tmp_path, found):
         load_generator(tmp_path / "strange")
 
 
+# ---- a function of one's own
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    "A folder with modules of the user's, in a package and outside it."
+    (tmp_path / "decoders_of_mine").mkdir()
+    code = "from mlvgm_mi.generators.core import demo_linear_gaussian as build\nunfinished = dict\n"
+    (tmp_path / "decoders_of_mine" / "linear.py").write_text(code)
+    (tmp_path / "needy_of_mine.py").write_text("import a_library_that_is_not_there\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+def test_a_function_of_ones_own_is_called(own):
+    generator = load_generator("decoders_of_mine.linear:build")
+    assert isinstance(generator, core.LinearGaussian) and not generator.training
+
+
+@pytest.mark.parametrize("name, message", [
+    ("decoders_of_yours:build", "there is no module decoders_of_yours; run where it lies"),
+    ("decoders_of_mine.quadratic:build", "there is no module decoders_of_mine.quadratic"),
+    ("decoders_of_mine.linear:built", "built is not in decoders_of_mine.linear"),
+    ("decoders_of_mine.linear:unfinished", "returned a dict, expected a Generator"),
+])
+def test_a_function_that_is_none_is_told(own, name, message):
+    with pytest.raises(ValueError, match=message):
+        load_generator(name)
+
+
+def test_what_a_module_of_ones_own_misses_is_not_hidden(own):
+    with pytest.raises(ModuleNotFoundError, match="a_library_that_is_not_there"):
+        load_generator("needy_of_mine:build")
+
+
+def test_a_file_wins_over_a_function(own, monkeypatch):
+    monkeypatch.chdir(own)
+    Path("decoders_of_mine.linear:build").write_text("weights")
+    with pytest.raises(WeightsError, match="damaged or hostile"):
+        load_generator("decoders_of_mine.linear:build")
+
+
+def test_the_registry_builds_generators_and_nothing_else(monkeypatch):
+    monkeypatch.setitem(core.GENERATORS, "mistaken", dict)
+    with pytest.raises(ValueError, match="returned a dict, expected a Generator"):
+        load_generator("mistaken")
+
+
 def test_a_name_wins_over_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("linear-gaussian").write_text("not a network")

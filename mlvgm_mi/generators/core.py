@@ -11,6 +11,7 @@ __all__ = ['IMAGES_AT_ONCE', 'CONTRACT', 'GENERATORS', 'Generator', 'gaussian_mi
 import copy
 import importlib
 import math
+import re
 from itertools import chain
 from pathlib import Path
 from typing import Any, Callable, Mapping, Sequence
@@ -385,30 +386,49 @@ def _merge(module: nn.Module) -> None:
             _merge(child)
 
 # %% ../../nbs/04_generators.core.ipynb #7d3a48be
+_FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")  # module:function
+
+
 def load_generator(
-    name: str | Path,  # a registered name, or a file of weights whatever it is called
+    name: str | Path,  # a registered name, a file of weights whatever it is called, or `module:function` of your own
 ) -> Generator:
     """A generator in eval mode, frozen and merged by `for_inference`.
 
-    Raises `KeyError` listing the names there are if `name` is neither, and `WeightsError` saying what was found if a file
-    holds no generator that can be built; nothing in a file is executed.
+    Raises `KeyError` listing the names there are if `name` is none of them, `ValueError` for a function that is not there or
+    builds no generator, and `WeightsError` saying what was found if a file holds no generator that can be built. Nothing in
+    a file of weights is executed; of a module, what importing it and calling the function executes.
     """
     if name in GENERATORS:
-        return for_inference(_registered(str(name)))
+        return for_inference(_built(GENERATORS[name]))
     if not Path(name).is_file():
+        if _FUNCTION.fullmatch(str(name)):
+            return for_inference(_built(str(name)))
         place, known = "a folder" if Path(name).is_dir() else "no file", ", ".join(sorted(GENERATORS))
         raise KeyError(f"name={str(name)!r} is no known generator and {place}; choose one of {known}, "
-                       "register yours, or check the path")
+                       "give yours as module:function, or check the path")
     return for_inference(_published(name))
 
 
-def _registered(name: str) -> Generator:
-    "What the registry builds for `name`."
-    build = GENERATORS[name]
-    if isinstance(build, str):
-        module, function = build.split(":")
-        build = getattr(importlib.import_module(module), function)
-    return build()
+def _built(build: str | Callable[[], Generator]) -> Generator:
+    "What a function without arguments, or its `module:function`, returns."
+    generator = (_imported(build) if isinstance(build, str) else build)()
+    if not (isinstance(generator, nn.Module) and hasattr(generator, "layout")):
+        raise ValueError(f"{build} returned a {type(generator).__name__}, expected a Generator; wrap yours in the three "
+                         "methods of one: start, stage, render")
+    return generator
+
+
+def _imported(function: str) -> Callable[[], Generator]:
+    module, name = function.split(":")
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):
+            raise  # it is there, and what is missing is something that it imports
+        raise ValueError(f"{function}: there is no module {error.name}; run where it lies, or install it") from None
+    if not hasattr(found, name):
+        raise ValueError(f"{function}: {name} is not in {module}; name a function without arguments that builds the generator")
+    return getattr(found, name)
 
 
 def _published(path: str | Path) -> Generator:
