@@ -134,6 +134,18 @@ def _materials(source: str, generator: str, dataset: str, folder: Path | None, r
     return Materials(images, network, fitting, **given)
 
 
+_MATERIALS = {"recipe": "recipe", "walkers": "walkers", "walker_all": "walker_all", "uniform_sigma": "uniform_sigma",
+              "group_sigma": "group_sigmas", "dataset": "images", "folder": "images"}  # option -> what it gives a source
+
+
+def _say_unread(context: typer.Context, source: str) -> None:
+    "Names the options that were given and make no difference to `source`."
+    needs = source_kind(source)[0].needs
+    for option, material in _MATERIALS.items():
+        if material not in needs and context.get_parameter_source(option).name != "DEFAULT":
+            typer.echo(f"note: {source} views do not depend on --{option.replace('_', '-')}", err=True)
+
+
 def _sigmas(words: list[str]) -> dict[str, float] | None:
     "`w0-1=0.2` and the like as a mapping; `None` for none."
     try:
@@ -144,6 +156,7 @@ def _sigmas(words: list[str]) -> dict[str, float] | None:
 # %% ../nbs/11_cli.ipynb #a363caaa
 @app.command()
 def train(
+    context: typer.Context,
     source: Annotated[str, typer.Option(help=f"where views come from: {', '.join(SOURCES)}")],
     out: Out,
     recipe: Annotated[Path | None, typer.Option(help="YAML written by `impact`, for guided and fixed views")] = None,
@@ -173,8 +186,8 @@ def train(
     settings = replace(settings, **given)
     materials = _materials(source, generator, dataset, folder, recipe=recipe, walkers=walkers,
                            walker_all=walker_all, uniform_sigma=uniform_sigma, group_sigmas=_sigmas(group_sigma or []))
-    plan = dict(batch_size=settings.batch_size, steps_per_epoch=steps, views=views, seed=seed)
-    batches = make_source(source, materials, t_x, **plan)
+    batches = make_source(source, materials, t_x, batch_size=settings.batch_size, steps_per_epoch=steps, views=views, seed=seed)
+    _say_unread(context, source)
     network = build_encoder(batches.image_shape[0], seed, settings.encoder)
     module = Contrastive(network, settings.build(network.num_features, seed), settings.config(steps))
     _writable(out)

@@ -195,6 +195,18 @@ def test_mistakes_cost_one_line(words, message, capsys, tmp_path, monkeypatch):
     assert not list(Path(tmp_path).iterdir())
 
 
+def test_options_that_make_no_difference_are_named(tmp_path, capsys):
+    unread = ["--group-sigma", "z0=1", "--dataset", "digits", "--uniform-sigma", "0.25"]
+    main(lambda: app(["train", "--source", "synthetic", "--generator", "fashion-bigbigan", *unread,
+                      "--steps", "2", "--batch-size", "4", "--out", str(tmp_path / "a")], standalone_mode=False))
+    notes = capsys.readouterr().err
+    assert [line.split()[-1] for line in notes.splitlines()] == ["--uniform-sigma", "--group-sigma", "--dataset"]
+    assert notes.startswith("note: synthetic views do not depend on")
+    main(lambda: app(["train", "--source", "uniform", "--uniform-sigma", "0.25", "--steps", "2", "--batch-size", "4",
+                      "--out", str(tmp_path / "b")], standalone_mode=False))
+    assert not capsys.readouterr().err
+
+
 def test_a_generator_of_the_folder_where_the_command_runs(tmp_path):
     (tmp_path / "my_decoders.py").write_text("from mlvgm_mi.generators.core import demo_linear_gaussian as build\n")
     command = Path(sys.executable).with_name("mlvgm-mi")
