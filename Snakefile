@@ -290,7 +290,8 @@ rule continuous:
 rule claims:
     input:
         nb=f"{NB}/E9_claims.ipynb", code=code("evaluate", "stability", "plot"),
-        tables=results("encoders.csv", "continuous.csv", "claims_relevance.csv", "claims_stability.csv")
+        tables=results("encoders.csv", "continuous.csv", "claims_relevance.csv", "claims_stability.csv"),
+        longer=results("longer.csv") if "E3b_longer" in P.parameters else []
     output:
         results("claims.csv"), picture("claims")
     params:

@@ -89,7 +89,7 @@ def claims(results: Path) -> pd.DataFrame:
         for row in pd.read_csv(results.parent / profile / "claims.csv").itertuples():
             found = rows.setdefault((row.claim, row.text), {"claim": f"{row.claim}. {row.text}", "criterion": row.criterion})
             found[profile] = f"{row.verdict}: {row.estimate:.2f} [{row.low:.2f}, {row.high:.2f}], {row.generator}"
-    return pd.DataFrame([rows[key] for key in sorted(rows)]).fillna("")
+    return pd.DataFrame([rows[key] for key in sorted(rows, key=lambda key: key[0])]).fillna("")
 
 
 CASES = {  # benchmark -> what is timed, and what it is compared with
