@@ -33,9 +33,9 @@ def features(
     images = images.images if isinstance(images, ImageSet) else images
     if images.ndim != 4 or not len(images):
         raise ValueError(f"images has shape {tuple(images.shape)}, expected (N, C, H, W) with N of at least 1")
-    device = next((p.device for p in encoder.parameters()), images.device)
+    like = next((p for p in encoder.parameters() if p.is_floating_point()), torch.empty(0, device=images.device))
     with _frozen(encoder):
-        blocks = [encoder(_floats(part).to(device)).float().cpu() for part in _parts(images, batch)]
+        blocks = [encoder(_floats(part).to(like)).float().cpu() for part in _parts(images, batch)]
     found = torch.cat(blocks)
     if found.shape[:1] != images.shape[:1] or found.ndim != 2:
         raise ValueError(f"encoder gave {tuple(found.shape)} for {len(images)} images, expected (N, D); flatten it")

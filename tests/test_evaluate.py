@@ -85,6 +85,15 @@ def test_an_error_in_the_encoder_leaves_its_modes():
     assert modes(encoder) == before and not torch.is_inference_mode_enabled()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_features_of_an_encoder_in_another_precision(dtype):
+    images = torch.randint(0, 256, (6, 1, 4, 4), generator=rng_for(0, "precision"), dtype=torch.uint8)
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    found = features(encoder.to(dtype), images)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, features(encoder.float(), images), atol=0.02 if dtype == torch.bfloat16 else 1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("shape", [(4, 4), (1, 4, 4), (0, 1, 4, 4)])
 def test_features_of_wrong_shapes(shape):
     with pytest.raises(ValueError, match="expected .N, C, H, W."):
