@@ -27,9 +27,9 @@ from .datasets import OPENERS
 from .encoders import build_encoder
 from .evaluate import SHARES, few_labels, judge
 from .experiments import SOURCES, Materials, make_source, source_kind
-from .explore import at_strengths, explorer, nats_left
+from .explore import at_strengths, explorer
 from .generators.core import GENERATORS, load_generator
-from .impact import ALL_GROUPS, ImpactConfig, curves, fit_impact, impact_table, meet_budget
+from .impact import ALL_GROUPS, ImpactConfig, curves, fit_impact, impact_table, meet_budget, nats_left
 from .latents import rng_for
 from .perturb import RULES, Recipe, mi_guided
 from .plot import impact_curves, save_figure, view_grid

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ALL_GROUPS', 'COLUMNS', 'ImpactConfig', 'decode_pairs', 'draw_conditions', 'Pool', 'decode_pool', 'fit_impact',
-           'ImpactSweep', 'impact', 'curves', 'impact_table', 'OutOfReachError', 'meet_budget']
+           'ImpactSweep', 'impact', 'nats_left', 'curves', 'impact_table', 'OutOfReachError', 'meet_budget']
 
 # %% ../nbs/07_impact.ipynb #ba18eb85
 import math
@@ -326,15 +326,25 @@ def impact(
     return fit_impact(generator, config, seed, name).frame
 
 
+def nats_left(
+    frame: pd.DataFrame,  # as from `impact`, of one generator
+    estimator: str = "infonce",
+) -> dict[str, dict[float, float]]:
+    "Group -> {strength: nats}, averaged over seeds, the last for `ALL_GROUPS` together; `ValueError` for several generators."
+    part = _select(frame, estimator)
+    means = part.groupby(["group", "strength"], sort=False)["mi_nats"].mean()
+    left = {group: means[group].sort_index().to_dict() for group in part["group"].unique()}
+    joint = left.pop(ALL_GROUPS, {})
+    unmoved = {s: nats for s, nats in next(iter(left.values())).items() if s == 0}  # the same number for every group
+    return left | {ALL_GROUPS: unmoved | joint}
+
+
 def curves(
     frame: pd.DataFrame,  # as from `impact`, of one generator
     estimator: str = "infonce",
 ) -> dict[str, dict[float, float]]:
-    "Group -> {strength: nats}, averaged over seeds, as `mi_guided` wants it; `ValueError` for several generators."
-    part = _select(frame, estimator)
-    part = part[part["group"] != ALL_GROUPS]
-    means = part.groupby(["group", "strength"], sort=False)["mi_nats"].mean()
-    return {group: means[group].sort_index().to_dict() for group in part["group"].unique()}
+    "`nats_left` of every group alone, as `mi_guided` wants it."
+    return {group: curve for group, curve in nats_left(frame, estimator).items() if group != ALL_GROUPS}
 
 
 def _select(frame: pd.DataFrame, estimator: str) -> pd.DataFrame:

@@ -13,9 +13,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from mlvgm_mi.cli import app
-from mlvgm_mi.explore import at_strengths, explorer, nats_left
+from mlvgm_mi.explore import at_strengths, explorer
 from mlvgm_mi.generators.core import LinearGaussian, load_generator
-from mlvgm_mi.impact import ALL_GROUPS, ImpactConfig, impact
+from mlvgm_mi.impact import ALL_GROUPS, ImpactConfig, impact, nats_left
 from mlvgm_mi.latents import rng_for
 
 LINE = LinearGaussian.random([1.0, 0.5, 0.2], pixels=6, width=2)
@@ -102,11 +102,12 @@ def test_the_page_needs_nothing_but_itself_and_runs_no_name():
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda x: x[:2], "S = 3 strengths"), (lambda x: x[:, 0], "expected .S, N, C, H, W."), (lambda x: x * 2, "expected .0, 1."),
-    (lambda x: x - 0.5, "rescale them"), (lambda x: x.expand(-1, -1, 2, -1, -1), "C = 1 or 3"),
+    (lambda x: x[:2], "for 2 strengths, expected 3"), (lambda x: x[:, 0], "expected .S, N, C, H, W."),
+    (lambda x: x * 2, "expected .0, 1."),
+    (lambda x: x - 0.5, "rescale or clamp"), (lambda x: x.expand(-1, -1, 2, -1, -1), "C = 1 or 3"),
     (lambda x: x / 0, "expected .0, 1.")])
 def test_images_that_cannot_be_shown_are_named(change, message):
-    with pytest.raises(ValueError, match=f"images of 'a' .*{message}"):
+    with pytest.raises(ValueError, match=f"row 'a' .*{message}"):
         explorer({"a": change(squares()["a"])}, [0.0, 0.5, 1.0])
 
 
@@ -138,7 +139,7 @@ def test_the_command_without_curves(tmp_path):
 
 
 @pytest.mark.parametrize("words, message", [
-    (["linear-gaussian"], "rescale them in `render`"), (["fashion-nvae", "--ticks", 1], "--ticks 1"),
+    (["linear-gaussian"], "rescale or clamp"), (["fashion-nvae", "--ticks", 1], "--ticks 1"),
     (["fashion-nvae", "--anchors", 0], "anchors=0"),
     (["fashion-nvae", "--curves", "some.csv"], "has curves of a, b, none of fashion-nvae"),
     (["fashion-nvae", "--curves", "strange.csv"], "has no columns generator and mi_nats")])
