@@ -119,9 +119,10 @@ def run(*words):
 
 
 def test_the_command_writes_a_page(tmp_path):
+    measured = {**dict.fromkeys(["z0", "z1", "z2", "z3"], (0.0, 0.4, 1.0)), ALL_GROUPS: (0.5,)}
     frame = pd.DataFrame([
         dict(generator=generator, group=group, step="vp", strength=s, mi_nats=3 - s, estimator="infonce", sigma_x=1.0)
-        for generator in ("fashion-bigbigan", "other") for group in ("z0", "z1", "z2", "z3") for s in (0.0, 0.4, 1.0)])
+        for generator in ("fashion-bigbigan", "other") for group, strengths in measured.items() for s in strengths])
     frame.to_csv(tmp_path / "impact.csv")
     result = run("fashion-bigbigan", "--curves", tmp_path / "impact.csv", "--out", tmp_path / "page.html", "--anchors", 2)
     assert result.exit_code == 0 and result.output.startswith("written: ")
