@@ -18,6 +18,8 @@ ARGS ?=
 # down manyfold when each of them also starts a thread per core.
 OMP_NUM_THREADS ?= 1
 export OMP_NUM_THREADS
+# glibc hands large blocks back to the system when they are freed, and faults them in again in the next step
+keep_memory := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184
 # Whatever the environment holds, the code that runs is this checkout's.
 export PYTHONPATH := $(CURDIR)
 
@@ -52,7 +54,7 @@ setup: $(ready) ## make the environment (also done by every command that needs i
 
 .PHONY: reproduce
 reproduce: $(ready) ## recompute the tables and figures of PROFILE (default: quick), or resume doing so
-	$(python) .ci/workflow.py --cores $(JOBS) --profile $(PROFILE) $(ARGS)
+	$(keep_memory) $(python) .ci/workflow.py --cores $(JOBS) --profile $(PROFILE) $(ARGS)
 	@printf '\nTables and executed notebooks are in results/%s, pictures in figures/%s.\n' $(PROFILE) $(PROFILE)
 
 .PHONY: test
@@ -96,9 +98,6 @@ test-product: $(ready) ## the wheel, the README program and the workflow on its 
 .PHONY: test-python
 test-python: $(ready) ## the pytest suite without the gates and the product tests
 	$(pytest) -m "not gate and not product" --numprocesses $(JOBS) --dist worksteal --durations 10 $(ARGS)
-
-# glibc hands large blocks back to the system when they are freed, and faults them in again in the next step
-keep_memory := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184
 
 .PHONY: bench
 bench: $(ready) ## how fast, as ratios measured side by side; leave the machine alone meanwhile
