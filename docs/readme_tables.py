@@ -240,7 +240,8 @@ def longer(results: Path) -> pd.DataFrame:
         row = {"objective": objective, "views from": _views_from(source, generator), "augmentation": T_X[t_x]}
         row |= {f"{steps:,} updates": percent(own, "accuracy", "low", "high") for steps, own in linear.iterrows()}
         rows.append(row | {"kNN, at the end": percent(knn.iloc[-1], "accuracy", "low", "high")})
-    return pd.DataFrame(rows).fillna("")
+    shown = pd.DataFrame(rows).fillna("")
+    return shown[[name for name in shown if name != "kNN, at the end"] + ["kNN, at the end"]]
 
 
 def longer_gains(results: Path) -> pd.DataFrame:

@@ -184,12 +184,13 @@ class Claim:
         self,
         found: Mapping[str, tuple[float, float, float]],  # generator -> estimate, low, high
     ) -> pd.DataFrame:
-        "One row, columns `CLAIM_COLUMNS` and `generator`: that of the generator with the lowest `low`."
+        "One row, columns `CLAIM_COLUMNS`, `threshold` and `generator`: that of the generator with the lowest `low`."
         if not found:
             raise ValueError(f"claim {self.number}: no generator was measured; give at least one")
         generator, (estimate, low, high) = min(found.items(), key=lambda item: item[1][1])
         facts = (self.number, self.text, self.criterion, estimate, low, high, verdict(estimate, low, high, self.threshold))
-        return pd.DataFrame([(*facts, self.notebook, generator)], columns=[*CLAIM_COLUMNS, "generator"])
+        columns = [*CLAIM_COLUMNS, "threshold", "generator"]
+        return pd.DataFrame([(*facts, self.notebook, self.threshold, generator)], columns=columns)
 
 # %% ../nbs/07c_stability.ipynb #4be4bb0f
 def displacement_ratio(table: pd.DataFrame, level: str) -> tuple[float, float, float]:

@@ -95,7 +95,8 @@ def test_a_rate_is_kept_unless_the_row_offers_all_of_them_again(tmp_path, monkey
     lengths = {"t_x": "none", "lengths": [20, 40]}
     made = lengths | {"generator": "fashion-stylegan2"}
     ends = [{"source": "real", **lengths}, {"source": "guided", **made}]
-    rows = {"simsiam": [*ends, {"source": "uniform", "strength": 1.0, "rates_again": [40], **made}], "simclr": ends}
+    again = {"source": "uniform", "strength": 1.0, "rates_again": [40], **made}
+    rows = {"simsiam": [*ends, again], "simclr": ends, "byol": ends[:1]}  # the last on real images only
     page = run_page(
         "E3b_longer", build=str(tmp_path), dataset="digits", train={"steps": 20, "lr": 0.3, "warmup": 2}, probe_images=100,
         rates={"simsiam": [0.2, 0.4]}, rows=rows, seeds=SEEDS,
@@ -111,6 +112,7 @@ def test_a_rate_is_kept_unless_the_row_offers_all_of_them_again(tmp_path, monkey
     kept = {key: lr.unique().tolist() for key, lr in frame.groupby(["objective", "source", "steps"]).lr}
     late = {key[1]: lr for key, lr in kept.items() if key[0] == "simsiam" and key[2] == 40}
     assert late == {"real": [0.4], "guided": [0.4], "uniform": [0.2]}
-    assert all(lr == ([0.3] if objective == "simclr" else [0.4]) for (objective, _, steps), lr in kept.items() if steps == 20)
+    assert all(lr == ([0.4] if objective == "simsiam" else [0.3]) for (objective, _, steps), lr in kept.items() if steps == 20)
+    assert list(page["of_objective"]["byol"].source.unique()) == ["real"]
     points = page["doubling"].set_index(["objective", "source", "split"]).points
     assert points["simsiam", "guided", "test"] == pytest.approx(-20) and points["simsiam", "uniform", "test"] == pytest.approx(-10)

@@ -255,7 +255,8 @@ def test_verdicts(low, high, expected):
 def test_a_claim_is_judged_where_it_is_weakest():
     claim = Claim(1, "Groups differ.", "ratio > 1.5", 1.5, "E7_relevance")
     row = claim.judge({"strong": (3.0, 2.0, 4.0), "weak": (1.6, 1.2, 2.0)}).iloc[0]
-    assert (row["generator"], row["verdict"], row["claim"]) == ("weak", "undecided", 1) and set(CLAIM_COLUMNS) < set(row.index)
+    assert (row["generator"], row["verdict"], row["claim"]) == ("weak", "undecided", 1)
+    assert set(CLAIM_COLUMNS) < set(row.index) and row["threshold"] == 1.5
     with pytest.raises(ValueError, match="claim 1: no generator"):
         claim.judge({})
     with pytest.raises(ValueError, match="estimate=3.0 is not between"):
