@@ -23,6 +23,11 @@ PACKAGE = "mlvgm_mi"
 PROJECT_FILES = {"CHANGELOG.md": "changelog", "CONTRIBUTING.md": "contributing", "CODE_OF_CONDUCT.md": "conduct"}
 
 
+# The library's pages by the number they begin with, in the order of the sidebar.
+SECTIONS = {"Guides": ("11", "12", "13", "14", "15"), "Foundations": ("00", "01", "02", "03"), "Generators": ("04",),
+            "Information and recipes": ("05", "06", "07"), "Views and training": ("08", "09"), "Judgement": ("10",)}
+
+
 class Processors(FilterDefaults):
     "nbdev's processors for the docs, without the one that executes exported code and the one that links names."
 
@@ -70,6 +75,11 @@ def write_experiments(root: Path, source: Path, symbols: Symbols) -> dict[str, s
     return pages
 
 
+def numbered(pages: list[str], *numbers: str) -> list[str]:
+    "The pages `folder/<number><name>` with one of these numbers."
+    return [page for page in pages if page.rpartition("/")[2].startswith(numbers)]
+
+
 def write_home(root: Path, source: Path, library: dict[str, str], experiments: dict[str, str]) -> None:
     "The README with the site's contents appended, and the other markdown files of the repository."
     project = {name: f"{page}.md" for name, page in PROJECT_FILES.items() if (root / name).exists()}
@@ -78,9 +88,11 @@ def write_home(root: Path, source: Path, library: dict[str, str], experiments: d
         text = place_markdown((root / name).read_text(encoding="utf-8"), root, source, pages)
         (source / page).write_text(text, encoding="utf-8")
     names = lambda found: list(dict.fromkeys(re.sub(r"\.\w+$", "", page) for page in found.values()))  # noqa: E731
+    guides, *modules = [toctree(section, numbered(names(library), *numbers)) for section, numbers in SECTIONS.items()]
     contents = [
-        toctree("Library", names(library)),
+        guides,
         toctree("Experiments", names(experiments)),
+        *modules,
         toctree("Reference", [f"api/{PACKAGE}/index"], depth=2),
         toctree("Project", names(project)),
     ]
