@@ -176,9 +176,13 @@ class Claim:
     "A sentence, and the number that decides it."
     number: int  # 1 to 17
     text: str
-    criterion: str
+    criterion: str  # a sentence that ends in "> " and the threshold
     threshold: float
     notebook: str
+
+    def __post_init__(self):
+        if not self.criterion.endswith(f" > {self.threshold:g}"):
+            raise ValueError(f"claim {self.number}: criterion {self.criterion!r} does not end in '> {self.threshold:g}'")
 
     def judge(
         self,

@@ -257,6 +257,8 @@ def test_a_claim_is_judged_where_it_is_weakest():
     row = claim.judge({"strong": (3.0, 2.0, 4.0), "weak": (1.6, 1.2, 2.0)}).iloc[0]
     assert (row["generator"], row["verdict"], row["claim"]) == ("weak", "undecided", 1)
     assert set(CLAIM_COLUMNS) < set(row.index) and row["threshold"] == 1.5
+    with pytest.raises(ValueError, match="does not end in '> 1.499'"):
+        Claim(1, "Groups differ.", "ratio > 1.5", 1.499, "E7_relevance")
     with pytest.raises(ValueError, match="claim 1: no generator"):
         claim.judge({})
     with pytest.raises(ValueError, match="estimate=3.0 is not between"):
