@@ -34,6 +34,7 @@ from mlvgm_mi.contrastive import OBJECTIVES, Contrastive, TrainConfig, fit, smal
 from mlvgm_mi.generators.core import load_generator
 from mlvgm_mi.latents import Latents
 from mlvgm_mi.perturb import Recipe
+from mlvgm_mi.precision import half_if
 from mlvgm_mi.streams import Prefetched, Replayed
 from mlvgm_mi.views import AUGMENTATIONS, ContinuousViews
 
@@ -119,7 +120,7 @@ class Bench:
         "A plain training step."
         rng = self.source.stream("augment", step, 0)
         views = self.source.augment(views.flatten(0, 1), rng).unflatten(0, views.shape[:2])
-        with torch.autocast(views.device.type, torch.bfloat16, enabled=module.config.precision == "bf16-mixed"):
+        with half_if(module.config.precision == "bf16-mixed", views.device):
             loss = module.objective.step(module.encoder, views)
         optimiser.zero_grad()
         loss.backward()

@@ -6,8 +6,9 @@ variants run in one process and take turns. Milliseconds, the median over the ro
 the 10th and 90th percentile. `--busy` takes the processor's time in place of the wall's.
 
 * objective-<name>: a step with the objective against one with SimCLR (ratio = SimCLR's time over the objective's)
-* step-float32, step-contiguous, step-compiled: a SimCLR step as it is by default (bfloat16, channels last, not compiled)
-  against the same with one thing changed (ratio = the other's time over the default's: above 1, the default is right)
+* step-<other precision>, step-contiguous, step-compiled: a SimCLR step as it is by default (bfloat16 if the CPU computes in
+  it, else float32; channels last, not compiled) against the same with one thing changed (ratio = the other's time over the
+  default's: above 1, the default is right)
 """
 
 import argparse
@@ -21,13 +22,16 @@ from torch import Tensor
 
 from mlvgm_mi.contrastive import OBJECTIVES, small_resnet
 from mlvgm_mi.latents import rng_for
+from mlvgm_mi.precision import computes_bfloat16, half_if
 from mlvgm_mi.presets import preset
+
+HALF = computes_bfloat16("cpu")  # as trainings have it
 
 
 class Variant:
     "An encoder with an objective, ready to step."
 
-    def __init__(self, name: str, channels_last: bool = True, half: bool = True, compiled: bool = False):
+    def __init__(self, name: str, channels_last: bool = True, half: bool = HALF, compiled: bool = False):
         self.encoder = small_resnet(1)
         if channels_last:
             self.encoder.to(memory_format=torch.channels_last)
@@ -41,7 +45,7 @@ class Variant:
 
     def step(self, views: Tensor) -> None:
         "One update."
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
+        with half_if(self.half):
             features = self.encoder(views.flatten(0, 1).contiguous(memory_format=self.format)).unflatten(0, views.shape[:2])
         self.optimiser.zero_grad()
         self.loss(features.float(), views).backward()
@@ -58,7 +62,7 @@ class WithTarget(Variant):
 
     def step(self, views: Tensor) -> None:
         "One update."
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
+        with half_if(self.half):
             loss = self.objective.step(self.encoder, views)
         self.optimiser.zero_grad()
         loss.backward()
@@ -69,7 +73,8 @@ class WithTarget(Variant):
 def variants(compiled: bool) -> dict[str, Variant]:
     "All of them by case."
     found = {f"objective-{name}": (WithTarget if name == "byol" else Variant)(name) for name in OBJECTIVES}
-    found |= {"step-float32": Variant("simclr", half=False), "step-contiguous": Variant("simclr", channels_last=False)}
+    found |= {f"step-{'float32' if HALF else 'bfloat16'}": Variant("simclr", half=not HALF)}
+    found |= {"step-contiguous": Variant("simclr", channels_last=False)}
     return found | ({"step-compiled": Variant("simclr", compiled=True)} if compiled else {})
 
 

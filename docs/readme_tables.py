@@ -100,6 +100,7 @@ CASES = {  # benchmark -> what is timed, and what it is compared with
     "decode-bigbigan": ("decoding, BigBiGAN", "spectral norms anew and attention materialised at every pass"),
     "decode-nvae": ("decoding, NVAE", "layers as published, none merged"),
     "step-float32": ("a training step in bfloat16", "the same in float32"),
+    "step-bfloat16": ("a training step in float32, on a CPU without bfloat16", "the same in bfloat16"),
     "step-contiguous": ("a training step, channels last", "the same, channels first"),
     "step-compiled": ("a training step, not compiled", "the same, compiled"),
     "continuous-prefetched": ("training, views prefetched in a thread", "training, views decoded in the step"),

@@ -13,7 +13,7 @@ import math
 import sys
 import warnings
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from types import FunctionType
@@ -33,6 +33,7 @@ from .checkpoints import WeightsError, atomic_path, read_state, save_state
 from .encoders import ENCODERS, Encoder, load_encoder, resnet50, save_encoder, seeded_init, small_resnet  # noqa: F401
 from .methods import OBJECTIVES, Objective, SimCLR, encode_views  # noqa: F401
 from .plot import save_figure, view_grid
+from .precision import usual_precision
 
 # %% ../nbs/09_contrastive.ipynb #e8fd9bab
 _all_ = [
@@ -114,7 +115,7 @@ class TrainConfig:
     warmup: int = 50  # steps of linear warm-up
     final_lr: float = 0.0  # share of `lr` at which the cosine ends
     optimiser: str = "adamw"  # a name in OPTIMISERS
-    precision: str = "bf16-mixed"  # of the encoder, as Lightning names them; "32-true" for float32; not of the weights
+    precision: str = field(default_factory=usual_precision)  # of the encoder, as Lightning names them; not of the weights
 
     def __post_init__(self):
         if self.steps < 1 or not 0 < self.lr < math.inf:

@@ -26,6 +26,7 @@ from mlvgm_mi.generators.bigbigan import (
 from .stylegan2 import weights_file
 from .training import Trainer, TrainingConfig, batch_spread, fade_rates, real_batch, update_average
 from ..latents import Latents, rng_for
+from ..precision import half_if
 
 # %% ../../nbs/04f_generators.bigbigan_training.ipynb #77d7c6d9
 def pooling_kernel(
@@ -240,7 +241,7 @@ def _update_players(trainer: BigBiGANTrainer, real: Tensor, code: Tensor, z: Ten
 
 
 def _autocast(trainer: BigBiGANTrainer) -> torch.autocast:
-    return torch.autocast(trainer.device.type, torch.bfloat16, enabled=trainer.config.bfloat16)
+    return half_if(trainer.config.bfloat16, trainer.device)
 
 # %% ../../nbs/04f_generators.bigbigan_training.ipynb #faddfc13
 @torch.no_grad()

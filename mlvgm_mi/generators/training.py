@@ -11,7 +11,8 @@ __all__ = ['TrainingConfig', 'Trainer', 'real_batch', 'fade_rates', 'update_aver
 # %% ../../nbs/04d_generators.training.ipynb #dd718d63
 import copy
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping
 
@@ -26,6 +27,7 @@ from ..data import ImageSet, Splits
 from .core import Generator
 from .stylegan2 import FullyConnected, StyleGAN2, StyleGAN2Config
 from ..latents import rng_for
+from ..precision import computes_bfloat16, half_if
 
 # %% ../../nbs/04d_generators.training.ipynb #d8c292cb
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class TrainingConfig:
     batch: int = 64
     ema_kimg: float = 10.0  # half-life of the moving average
     decay_from: float = 0.6  # learning rates fall linearly to zero from this share of the run
-    bfloat16: bool = True  # run the networks under bfloat16 autocast; losses and weights stay in float32
+    bfloat16: bool = field(default_factory=partial(computes_bfloat16, "cpu"))  # of the networks; losses and weights stay in float32
     seed: int = 0
 
 
@@ -220,7 +222,7 @@ def train_step(trainer: AdversarialTrainer) -> dict[str, float]:
     fade_rates(trainer, {"generator_optimiser": config.generator_lr, "discriminator_optimiser": config.discriminator_lr})
     augment = lambda pixels, role: trainer.augment(pixels, rng_for(config.seed, f"augment/{role}", step=trainer.step))
 
-    autocast = torch.autocast(trainer.device.type, torch.bfloat16, enabled=config.bfloat16)
+    autocast = half_if(config.bfloat16, trainer.device)
 
     trainer.discriminator.requires_grad_(False)
     with autocast:
@@ -326,7 +328,7 @@ def train_classifier(
     lr: float = 4e-3,
     seed: int = 0,
 ) -> Oracle:
-    "An `Oracle` trained on `images` with flips and shifts of up to two pixels; one-cycle AdamW, bfloat16 autocast."
+    "An `Oracle` trained on `images` with flips and shifts of up to two pixels; one-cycle AdamW, bfloat16 if the CPU has it."
     with torch.random.fork_rng(devices=[]):
         torch.set_rng_state(rng_for(seed, "oracle/init").get_state())
         oracle = Oracle(images.image_shape[0], len(images.class_names)).to(memory_format=torch.channels_last)
@@ -335,7 +337,7 @@ def train_classifier(
     for step in tqdm(range(steps), disable=None, desc="classifier"):
         rng = rng_for(seed, "oracle/batch", step=step)
         index = torch.randint(len(images), (batch,), generator=rng)
-        with torch.autocast("cpu", torch.bfloat16):
+        with half_if(computes_bfloat16("cpu")):
             logits = oracle(_jitter(images.floats(index), rng))
         loss = F.cross_entropy(logits.float(), images.labels[index], label_smoothing=0.05)
         optimiser.zero_grad()
