@@ -108,7 +108,7 @@ def _check_precision(name: str) -> None:
 # %% ../nbs/09_contrastive.ipynb #72f8df50
 @dataclass(frozen=True)
 class TrainConfig:
-    "How to train; raises `ValueError` for values that make no sense."
+    "How to train; raises `ValueError` for values that make no sense. Numbers of numpy or torch become plain ones."
     steps: int = 1000  # updates of the weights
     lr: float = 5e-3  # at the end of the warm-up
     weight_decay: float = 1e-4  # of matrices and filters; biases and norms are left alone
@@ -118,6 +118,8 @@ class TrainConfig:
     precision: str = field(default_factory=usual_precision)  # of the encoder, as Lightning names them; not of the weights
 
     def __post_init__(self):
+        for name, value in vars(self).items():
+            object.__setattr__(self, name, value.item() if hasattr(value, "item") else value)  # checkpoints hold plain ones
         if self.steps < 1 or not 0 < self.lr < math.inf:
             raise ValueError(f"steps={self.steps} must be at least 1, lr={self.lr} positive and finite")
         if not 0 <= self.weight_decay < math.inf or not 0 <= self.final_lr <= 1:

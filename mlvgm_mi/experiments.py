@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MATERIAL_FILES', 'PAPER_SIGMAS', 'SOURCES', 'Run', 'Profile', 'load_profile', 'lengthened', 'Materials',
            'group_gaussian', 'Kind', 'source_kind', 'material_files', 'make_source', 'recipe_file', 'at_strength',
-           'fingerprint', 'train_and_judge', 'Study', 'at_rates', 'best_on_validation', 'sources_table', 'publish']
+           'fingerprint', 'train_and_judge', 'Study', 'at_rates', 'best_on_validation', 'LongRow', 'at_lengths',
+           'sources_table', 'publish']
 
 # %% ../nbs/10a_experiments.ipynb #6efcd76e
 import hashlib
@@ -423,6 +424,49 @@ def best_on_validation(
 ) -> pd.DataFrame:
     "The try whose linear probe does best on validation images, the earliest of equals."
     return max(tries, key=lambda frame: frame[(frame.split == "val") & (frame.probe == "linear")].accuracy.item())
+
+# %% ../nbs/10a_experiments.ipynb #61489612
+@dataclass(frozen=True)
+class LongRow:
+    "A row of a study of longer trainings, as it stands in a profile."
+    source: str
+    t_x: str
+    lengths: Sequence[int]  # updates
+    generator: str | None = None  # name of the one that makes the views; None: they are of real images
+    strength: float | None = None  # as in `at_strength`
+    rates_again: Sequence[int] = ()  # lengths at which all learning rates are offered once more
+
+    def materials(
+        self,
+        images: ImageSet,
+        generators: Mapping[str, Generator],
+        results: str | Path,  # folder of E1's recipes and E2a's walkers
+    ) -> Materials:
+        "What its source is made of; a row of real images takes no generator, whichever comes first stands there."
+        name = self.generator or next(iter(generators))
+        files = {need: Path(results) / file for need, file in material_files(self.source).items()}
+        return Materials(images, generators[name], **files | at_strength(self.source, self.strength, name, results))
+
+# %% ../nbs/10a_experiments.ipynb #10b41651
+def at_lengths(
+    study: Study,
+    row: LongRow,
+    objective: str,
+    seed: int,
+    materials: Materials,
+    train: Mapping[str, Any],  # fields of `TrainConfig`, with the `warmup` that belongs to its `steps`
+    rates: Sequence[float] = (),  # learning rates to choose from; none: that of `train`
+    also_in: Sequence[str | Path] = (),  # as in `cell`
+) -> list[pd.DataFrame]:
+    "The best of `at_rates` on validation images at every length, with columns `lr`, `generator` (or `images`) and `steps`."
+    run, name = Run(row.source, objective, row.t_x, seed), row.generator or "images"
+    kept, found = list(rates), []
+    for steps in row.lengths:
+        offered, stem = rates if steps in row.rates_again else kept, f"longer__{name}__{run.name}__{steps}"
+        tries = at_rates(study, run, materials, lengthened(train, steps), offered, stem, also_in)
+        found.append(best_on_validation(tries).assign(generator=name, steps=steps))
+        kept = kept and [found[-1].lr.iloc[0]]
+    return found
 
 # %% ../nbs/10a_experiments.ipynb #afad80ad
 def sources_table(

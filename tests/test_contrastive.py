@@ -8,6 +8,7 @@ import warnings
 from dataclasses import dataclass
 
 import lightning
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -20,6 +21,7 @@ from mlvgm_mi.contrastive import (
     ENCODERS, OBJECTIVES, BatchSource, Contrastive, Objective, Repeated, SimCLR, Stream, TrainConfig, encode_views, fit,
     load_encoder, save_encoder, seeded_init, small_resnet,
 )
+from mlvgm_mi.encoders import _block
 from mlvgm_mi.latents import rng_for
 
 STEPS = 9
@@ -233,6 +235,25 @@ def test_sizes_of_zero_are_refused(option):
         small_resnet(**{option: 0})
 
 
+# encoders
+
+
+@pytest.mark.parametrize("inputs, outputs, stride", [(4, 8, 2), (3, 8, 3), (16, 32, 2), (6, 4, 1)])
+def test_shortcuts_are_strided_convolutions(inputs, outputs, stride):
+    "With few channels last the strided kernel of some CPUs would write beyond its memory, so a peer sees channels first."
+    shortcut = _block(inputs, outputs, stride).downsample[0]
+    images = torch.randn(5, inputs, 7, 8, generator=rng_for(0, "images"))
+    last = images.contiguous(memory_format=torch.channels_last).requires_grad_()
+    first = images.double().requires_grad_()
+    found = shortcut.to(memory_format=torch.channels_last)(last)
+    expected = nn.functional.conv2d(first, shortcut.weight.double(), stride=stride)
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
+    push = torch.randn(found.shape, generator=rng_for(0, "push"))
+    for a, b in zip(torch.autograd.grad(found, [last, shortcut.weight], push),
+                    torch.autograd.grad(expected, [first, shortcut.weight], push.double())):  # fmt: skip
+        torch.testing.assert_close(a.double(), b.double(), atol=1e-4, rtol=1e-4)
+
+
 # configuration
 
 
@@ -251,6 +272,15 @@ def test_sizes_of_zero_are_refused(option):
 def test_senseless_configurations_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig(**options)
+
+
+def test_numbers_of_numpy_reach_no_checkpoint(tmp_path):
+    "A rate that was read out of a table is one of numpy's, which files that execute nothing cannot hold."
+    config = dict(lr=pd.Series([0.01]).iloc[0], steps=np.int64(4), warmup=torch.tensor(1))
+    module = run(**config)
+    assert [type(value) for value in (module.config.lr, module.config.steps, module.config.warmup)] == [float, int, int]
+    whole = fit(run(lr=0.01, steps=4, warmup=1), Noise())
+    pd.testing.assert_frame_equal(fit(module, Noise(), tmp_path, checkpoint_every=2), whole)
 
 
 def test_simsiams_predictor_keeps_its_learning_rate():

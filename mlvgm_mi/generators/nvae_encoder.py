@@ -41,11 +41,11 @@ class DownSkip(nn.Module):
         super().__init__()
         quarter = outputs // 4
         for i, width in enumerate([quarter, quarter, quarter, outputs - 3 * quarter], 1):
-            self.add_module(f"conv_{i}", NormConv2d(inputs, width, 1, stride=2))
+            self.add_module(f"conv_{i}", NormConv2d(inputs, width, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.silu(x)
-        grids = (x, x[:, :, 1:, 1:], x[:, :, :, 1:], x[:, :, 1:])
+        grids = (x[..., ::2, ::2], x[..., 1::2, 1::2], x[..., ::2, 1::2], x[..., 1::2, ::2])
         return torch.cat([conv(grid) for conv, grid in zip(self.children(), grids)], dim=1)
 
 
