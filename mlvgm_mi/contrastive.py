@@ -105,6 +105,18 @@ def _check_precision(name: str) -> None:
         mixed = name.replace("true", "mixed")
         raise ValueError(f"precision={name!r} would round small updates of the weights away; use {mixed!r}")
 
+
+def _check_config(config: "TrainConfig") -> None:
+    if config.steps < 1 or not 0 < config.lr < math.inf:
+        raise ValueError(f"steps={config.steps} must be at least 1, lr={config.lr} positive and finite")
+    if not 0 <= config.weight_decay < math.inf or not 0 <= config.final_lr <= 1:
+        raise ValueError(f"weight_decay={config.weight_decay} must not be negative, final_lr={config.final_lr} lie in [0, 1]")
+    if not 0 <= config.warmup < config.steps:
+        raise ValueError(f"warmup={config.warmup} must lie between 0 and steps - 1 = {config.steps - 1}")
+    if config.optimiser not in OPTIMISERS:
+        raise ValueError(f"optimiser={config.optimiser!r} is unknown; choose one of {', '.join(OPTIMISERS)}")
+    _check_precision(config.precision)
+
 # %% ../nbs/09_contrastive.ipynb #72f8df50
 @dataclass(frozen=True)
 class TrainConfig:
@@ -120,15 +132,7 @@ class TrainConfig:
     def __post_init__(self):
         for name, value in vars(self).items():
             object.__setattr__(self, name, value.item() if hasattr(value, "item") else value)  # checkpoints hold plain ones
-        if self.steps < 1 or not 0 < self.lr < math.inf:
-            raise ValueError(f"steps={self.steps} must be at least 1, lr={self.lr} positive and finite")
-        if not 0 <= self.weight_decay < math.inf or not 0 <= self.final_lr <= 1:
-            raise ValueError(f"weight_decay={self.weight_decay} must not be negative, final_lr={self.final_lr} lie in [0, 1]")
-        if not 0 <= self.warmup < self.steps:
-            raise ValueError(f"warmup={self.warmup} must lie between 0 and steps - 1 = {self.steps - 1}")
-        if self.optimiser not in OPTIMISERS:
-            raise ValueError(f"optimiser={self.optimiser!r} is unknown; choose one of {', '.join(OPTIMISERS)}")
-        _check_precision(self.precision)
+        _check_config(self)
 
     def lr_factor(self, step: int) -> float:
         "Share of `lr` for the update after `step` updates: up to 1 in `warmup` steps, then down to `final_lr`."

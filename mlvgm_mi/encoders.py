@@ -71,7 +71,8 @@ def small_resnet(
 class _Shortcut(nn.Conv2d):
     """A 1x1 convolution with a stride, as one without on every so-manieth pixel.
 
-    The numbers are the same. With two to six channels last, the strided one of oneDNN for AVX2 writes beyond its memory (torch 2.14).
+    The numbers are the same. The strided one of oneDNN for AVX2 writes beyond its memory where there are two to six channels,
+    channels last (torch 2.14).
     """
 
     def forward(self, images: Tensor) -> Tensor:
