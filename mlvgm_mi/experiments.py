@@ -5,33 +5,24 @@
 # %% auto #0
 __all__ = ['MATERIAL_FILES', 'PAPER_SIGMAS', 'SOURCES', 'Run', 'Profile', 'load_profile', 'lengthened', 'Materials',
            'group_gaussian', 'Kind', 'source_kind', 'material_files', 'make_source', 'recipe_file', 'at_strength',
-           'fingerprint', 'train_and_judge', 'Study', 'at_rates', 'best_on_validation', 'LongRow', 'at_lengths',
-           'sources_table', 'publish']
+           'publish']
 
 # %% ../nbs/10a_experiments.ipynb #6efcd76e
-import hashlib
 import shutil
-from dataclasses import asdict, dataclass, field, fields, replace
-from functools import singledispatch
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Callable, Mapping, Sequence
+from typing import Any, Callable, Mapping
 
-import pandas as pd
 import yaml
-from torch import nn
 
-from .cells import cell, digest, weights_digest
 from .checkpoints import atomic_path
-from .contrastive import OBJECTIVES, Contrastive, TrainConfig, fit
-from .data import ImageSet, Splits
-from .encoders import build_encoder
-from .evaluate import Interval, confidence_interval, judge, paired_difference
+from .data import ImageSet
 from .generators.core import Generator
 from .latents import Layout
 from .perturb import Additive, Perturb, Recipe, uniform
-from .streams import Recorded, Replayed
+from .streams import Replayed
 from .views import AUGMENTATIONS, ContinuousViews, FixedViews, RealViews, ViewSource, mixed
-from .walkers import EqualNorm, load_group_walkers, load_walker_all
+from .walkers import load_group_walkers, load_walker_all
 
 # %% ../nbs/10a_experiments.ipynb #599d0e08
 @dataclass(frozen=True)
@@ -307,202 +298,6 @@ def at_strength(source: str, strength: float | None, generator: str, results: st
     if source not in named:
         raise ValueError(f"{source=} has no strength, but {strength=}; give None, or choose one of {', '.join(named)}")
     return dict([named[source]])
-
-# %% ../nbs/10a_experiments.ipynb #9ffa6513
-@singledispatch
-def _mark(material: Any) -> Any:
-    "JSON-like content that identifies a material: its value, or a digest of its numbers."
-    return material
-
-
-_mark.register(nn.Module)(weights_digest)
-_mark.register(Recipe)(lambda recipe: dict(recipe.strengths))
-_mark.register(EqualNorm)(lambda step: [_mark(step.walker), _mark(step.other)])
-_mark.register(Perturb)(lambda perturb: {name: [repr(step), _mark(step)] for name, step in perturb.steps.items()})
-_mark.register(ImageSet)(lambda images: hashlib.sha256(images.images.numpy().tobytes()).hexdigest()[:12])
-
-
-def fingerprint(source: str, materials: Materials) -> dict[str, Any]:
-    "What a source of this name depends on, by material; two that give other batches differ."
-    return {need: _mark(getattr(materials, need)) for need in source_kind(source)[0].needs}
-
-# %% ../nbs/10a_experiments.ipynb #b4502815
-def train_and_judge(
-    run: Run,
-    source: ViewSource,
-    splits: Splits,  # labelled images for the probes
-    dataset: str,  # their name in the table
-    config: TrainConfig,
-    encoder: Mapping[str, Any],  # arguments of `build_encoder`
-    folder: str | Path,  # for checkpoints and the history
-    shares: Mapping[str, float] | None = None,  # few-label probes, as in `judge`; None: none
-    options: Mapping[str, Any] | None = None,  # arguments of the objective, where not the usual ones
-) -> pd.DataFrame:
-    "Rows source, objective, t_x, seed, probe, dataset, split, accuracy in [0, 1]; resumes from `folder`."
-    network = build_encoder(splits.train.image_shape[0], run.seed, **encoder)
-    objective = OBJECTIVES[run.objective](network.num_features, seed=run.seed, **options or {})
-    module = Contrastive(network, objective, config)
-    fit(module, source, checkpoint_folder=folder, checkpoint_every=500)
-    frame = judge(module.encoder, splits, dataset, seed=run.seed, shares=shares or {}).assign(**asdict(run))
-    return frame[[*asdict(run), "probe", "dataset", "split", "accuracy"]]
-
-# %% ../nbs/10a_experiments.ipynb #981511d2
-def _recorded(source: ContinuousViews, folder: Path, batches: int | None) -> Recorded:
-    "A source whose batches are kept in `folder`, all of its steps or so many of them again and again."
-    if batches is None or batches >= len(source):
-        return Recorded.of(source, folder)
-    return Recorded.of(replace(source, steps_per_epoch=batches), folder, epochs=1)
-
-# %% ../nbs/10a_experiments.ipynb #c5223b0d
-@dataclass(frozen=True, eq=False)
-class Study:
-    "Encoders that differ in their views and objectives, and in nothing else."
-    build: Path  # folder of everything that is made
-    dataset: str  # name of the splits in tables
-    splits: Splits  # labelled images for the probes
-    encoder: Mapping[str, Any]  # arguments of `build_encoder`
-    batch_size: int  # anchors
-    record: bool = True  # keep what is decoded, for runs that differ in augmentation or objective only
-    shares: Mapping[str, float] = field(default_factory=dict)  # few-label probes, as in `judge`
-    decoded: int | None = None  # batches; longer training augments them anew; None: as many as there are steps
-    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # objective -> its arguments, where not the usual ones
-
-    def views(self, run: Run, materials: Materials, steps: int) -> ViewSource:
-        "The batches of a run."
-        plan = dict(batch_size=self.batch_size, steps_per_epoch=steps, seed=run.seed)
-        source = make_source(run.source, materials, run.t_x, **plan)
-        if not (self.record and isinstance(source, ContinuousViews)):
-            return source
-        name = f"{run.source}-{run.seed}-{digest(self._drawn(run, materials))}"
-        return _recorded(source, self.build / "decoded" / name, self.decoded)
-
-    def _drawn(self, run: Run, materials: Materials) -> dict[str, Any]:
-        return dict(source=run.source, materials=fingerprint(run.source, materials), batch_size=self.batch_size, seed=run.seed)
-
-    def encoder_cell(
-        self,
-        run: Run,
-        materials: Materials,
-        train: Mapping[str, Any],  # fields of `TrainConfig`
-        stem: str | None = None,  # name of the cell's file; None: the run's
-        also_in: Sequence[str | Path] = (),  # as in `cell`
-    ) -> pd.DataFrame:
-        "Rows of `train_and_judge`, computed unless a finished cell with the same key is there."
-        stem, config = stem or run.name, TrainConfig(**train)
-        source = self.views(run, materials, config.steps)
-        determines = self._drawn(run, materials) | dict(
-            name=run.name, dataset=self.dataset, encoder=dict(self.encoder), train=dict(train), bytes=type(source).__name__,
-            probe_images=[len(part) for part in (self.splits.train, self.splits.val, self.splits.test)], **self.shares)
-        options = self.options.get(run.objective, {})
-        determines |= ({} if len(source) == config.steps else {"decoded": len(source)}) | ({"options": options} if options else {})
-        folder = self.work(stem) / digest(determines)  # what was begun with other materials is not taken up
-        judged = lambda: train_and_judge(run, source, self.splits, self.dataset, config, self.encoder, folder, self.shares, options)
-        return cell(self.build / "cells" / f"{stem}.csv", determines, judged, also_in)
-
-    def work(self, stem: str) -> Path:
-        "Where the checkpoints and the history of a cell are, in a folder for each key."
-        return self.build / "work" / stem
-
-# %% ../nbs/10a_experiments.ipynb #1b1f41d6
-def at_rates(
-    study: Study,
-    run: Run,
-    materials: Materials,
-    train: Mapping[str, Any],  # fields of `TrainConfig`
-    rates: Sequence[float] = (),  # learning rates to choose from; none: that of `train`
-    stem: str | None = None,  # name of the cell's file, to which every rate adds `__<rate>`; None: the run's
-    also_in: Sequence[str | Path] = (),  # as in `cell`
-) -> list[pd.DataFrame]:
-    "A run's `Study.encoder_cell` at every rate; column `lr` says which."
-    stem = stem or run.name
-    stems = {f"{stem}__{lr:g}": lr for lr in rates} or {stem: train["lr"]}
-    return [study.encoder_cell(run, materials, {**train, "lr": lr}, name, also_in).assign(lr=lr) for name, lr in stems.items()]
-
-
-def best_on_validation(
-    tries: Sequence[pd.DataFrame],  # rows of one run, trained in several ways
-) -> pd.DataFrame:
-    "The try whose linear probe does best on validation images, the earliest of equals."
-    return max(tries, key=lambda frame: frame[(frame.split == "val") & (frame.probe == "linear")].accuracy.item())
-
-# %% ../nbs/10a_experiments.ipynb #61489612
-@dataclass(frozen=True)
-class LongRow:
-    "A row of a study of longer trainings, as it stands in a profile."
-    source: str
-    t_x: str
-    lengths: Sequence[int]  # updates
-    generator: str | None = None  # name of the one that makes the views; None: they are of real images
-    strength: float | None = None  # as in `at_strength`
-    rates_again: Sequence[int] = ()  # lengths at which all learning rates are offered once more
-
-    def materials(
-        self,
-        images: ImageSet,
-        generators: Mapping[str, Generator],
-        results: str | Path,  # folder of E1's recipes and E2a's walkers
-    ) -> Materials:
-        "What its source is made of; a row of real images takes no generator, whichever comes first stands there."
-        name = self.generator or next(iter(generators))
-        files = {need: Path(results) / file for need, file in material_files(self.source).items()}
-        return Materials(images, generators[name], **files | at_strength(self.source, self.strength, name, results))
-
-# %% ../nbs/10a_experiments.ipynb #10b41651
-def at_lengths(
-    study: Study,
-    row: LongRow,
-    objective: str,
-    seed: int,
-    materials: Materials,
-    train: Mapping[str, Any],  # fields of `TrainConfig`, with the `warmup` that belongs to its `steps`
-    rates: Sequence[float] = (),  # learning rates to choose from; none: that of `train`
-    also_in: Sequence[str | Path] = (),  # as in `cell`
-) -> list[pd.DataFrame]:
-    "The best of `at_rates` on validation images at every length, with columns `lr`, `generator` (or `images`) and `steps`."
-    run, name = Run(row.source, objective, row.t_x, seed), row.generator or "images"
-    kept, found = list(rates), []
-    for steps in row.lengths:
-        offered, stem = rates if steps in row.rates_again else kept, f"longer__{name}__{run.name}__{steps}"
-        tries = at_rates(study, run, materials, lengthened(train, steps), offered, stem, also_in)
-        found.append(best_on_validation(tries).assign(generator=name, steps=steps))
-        kept = kept and [found[-1].lr.iloc[0]]
-    return found
-
-# %% ../nbs/10a_experiments.ipynb #afad80ad
-def sources_table(
-    frame: pd.DataFrame,  # rows of `train_and_judge`
-    baselines: Sequence[str] = ("real", "uniform"),
-) -> pd.DataFrame:
-    """Test accuracy by probe, objective, t_x and source, with 95% intervals over seeds, and paired differences to baselines.
-
-    Columns accuracy, low, high, seeds, and for every baseline `minus_<baseline>`, `_low`, `_high`: under the same t_x, and
-    `minus_best_<baseline>` for the t_x that does best for it on the validation split. NaN where there is none.
-    """
-    same = ["probe", "objective", "t_x"]
-    test = frame[frame.split == "test"].set_index([*same, "source", "seed"]).accuracy.sort_index()
-    rows = []
-    for *key, source in frame[[*same, "source"]].drop_duplicates().itertuples(index=False):
-        accuracy = test[*key, source]
-        row = dict(zip(same, key)) | dict(source=source) | _interval("accuracy", "", confidence_interval(accuracy))
-        row["seeds"] = len(accuracy)
-        others = {name: (*key, name) for name in baselines} | {f"best_{name}": _best(frame, name, *key[:2]) for name in baselines}
-        for name, other in others.items():
-            if other in test.index.droplevel("seed") and other != (*key, source):
-                row |= _interval(f"minus_{name}", f"minus_{name}_", paired_difference(accuracy, test[other]))
-        rows.append(row)
-    named = [*baselines, *(f"best_{name}" for name in baselines)]
-    gains = [f"minus_{name}{part}" for name in named for part in ("", "_low", "_high")]
-    return pd.DataFrame(rows, columns=[*same, "source", "accuracy", "low", "high", "seeds", *gains])
-
-
-def _interval(name: str, prefix: str, interval: Interval) -> dict[str, float]:
-    return {name: interval.mean, f"{prefix}low": interval.low, f"{prefix}high": interval.high}
-
-
-def _best(frame: pd.DataFrame, source: str, probe: str, objective: str) -> tuple[str, ...] | None:
-    "Where the rows of a source are that did best on the validation split."
-    own = frame[(frame.split == "val") & (frame.source == source) & (frame.probe == probe) & (frame.objective == objective)]
-    return (probe, objective, own.groupby("t_x").accuracy.mean().idxmax(), source) if len(own) else None
 
 # %% ../nbs/10a_experiments.ipynb #824013cd
 def publish(

@@ -90,7 +90,7 @@ def test_a_rate_is_kept_unless_the_row_offers_all_of_them_again(tmp_path, monkey
         offered[run.objective, run.source, train["steps"], run.seed] = rates
         return [trial(run, train["steps"], lr) for lr in rates or [train["lr"]]]
 
-    monkeypatch.setattr("mlvgm_mi.experiments.at_rates", at_rates)
+    monkeypatch.setattr("mlvgm_mi.studies.at_rates", at_rates)
     Recipe({"w0-1": 0.1, "w2-3": 0.2, "w4-5": 0.9, "w6-7": 1.0}).to_yaml(tmp_path / "results" / "recipe.yaml")
     lengths = {"t_x": "none", "lengths": [20, 40]}
     made = lengths | {"generator": "fashion-stylegan2"}

@@ -14,15 +14,16 @@ from mlvgm_mi.contrastive import TrainConfig
 from mlvgm_mi.data import DATASETS, load_digits
 from mlvgm_mi.encoders import build_encoder
 from mlvgm_mi.experiments import (
-    MATERIAL_FILES, SOURCES, Materials, Run, Study, at_rates, at_strength, best_on_validation, fingerprint,
-    group_gaussian, load_profile, make_source, material_files, publish, recipe_file, source_kind, sources_table,
+    MATERIAL_FILES, SOURCES, Materials, Run, at_strength, group_gaussian, load_profile, make_source, material_files, publish,
+    recipe_file, source_kind,
 )
 from mlvgm_mi.generators.core import LinearGaussian, load_generator
 from mlvgm_mi.latents import rng_for
 from mlvgm_mi.methods import OBJECTIVES, SimCLR
 from mlvgm_mi.perturb import Additive, Perturb, Recipe, moves
 from mlvgm_mi.presets import PAPER
-from mlvgm_mi.views import AUGMENTATIONS
+from mlvgm_mi.studies import Study, at_rates, best_on_validation, fingerprint, sources_table
+from mlvgm_mi.views import AUGMENTATIONS, RealViews
 from mlvgm_mi.walkers import all_groups, fresh_walkers, save_walkers
 
 PROFILES = sorted((Path(__file__).parents[1] / "nbs" / "experiments" / "profiles").glob("*.yaml"))
@@ -269,7 +270,7 @@ def test_other_seeds_are_not_compared():
 
 def test_what_is_decoded_once_is_part_of_the_key(materials, tmp_path, monkeypatch):
     "Only where it changes the batches: not for real images, nor for training that is no longer than what was decoded."
-    monkeypatch.setattr("mlvgm_mi.experiments.cell", lambda path, determines, *rest: determines)
+    monkeypatch.setattr("mlvgm_mi.studies.cell", lambda path, determines, *rest: determines)
     study = Study(tmp_path, "digits", load_digits(), {"width": 4}, batch_size=4)
     once, train = replace(study, decoded=2), dict(steps=5, warmup=1)
     real, guided = (Run(source, "simclr", "none", 0) for source in ("real", "guided"))
@@ -302,6 +303,28 @@ def test_the_options_of_an_objective_reach_it_and_its_key(materials, tmp_path, m
     assert [options.get("temperature") for options in made] == [0.5, None] and not hotter.equals(usual)
 
 
+def test_a_set_of_ones_own_is_part_of_the_key(materials, tmp_path, monkeypatch):
+    "Its name does not tell which folder it was read from, nor at which size."
+    monkeypatch.setattr("mlvgm_mi.studies.cell", lambda path, determines, *rest: determines)
+    sets, run, train = [load_digits(seed=seed) for seed in (0, 0, 1)], Run("guided", "simclr", "none", 0), dict(steps=5, warmup=1)
+    keys = lambda **how: [Study(tmp_path, "digits", one, {}, 4, **how).encoder_cell(run, materials, train) for one in sets]
+    own, usual = keys(images={"size": 32}), keys()
+    assert own[0] == own[1] != own[2] and usual[0] == usual[2] == {key: own[0][key] for key in own[0] if key != "splits"}
+
+
+def test_other_probes_do_not_train_again(tmp_path, monkeypatch):
+    "They make another cell, from the training that is there."
+    digits, run = load_digits(), Run("real", "simclr", "no_color", 0)
+    needs = Materials(digits.train, LinearGaussian.random([1.0, 1.0]))
+    made, draw = [], RealViews.batch
+    monkeypatch.setattr(RealViews, "batch", lambda self, step, epoch=0: made.append(step) or draw(self, step, epoch))
+    study = Study(tmp_path, "digits", digits, {"width": 4}, batch_size=8)
+    before = study.encoder_cell(run, needs, dict(steps=3, warmup=1))
+    more = replace(study, shares={"linear_50pct": 0.5}).encoder_cell(run, needs, dict(steps=3, warmup=1))
+    assert made == [0, 1, 2] and set(more.probe) == {"linear", "knn", "linear_50pct"}
+    pd.testing.assert_frame_equal(more[more.probe != "linear_50pct"], before)
+
+
 def trial(lr, val, test):
     "A frame as `at_rates` makes it."
     accuracies = {("linear", "val"): val, ("linear", "test"): test, ("knn", "val"): 1 - val}
@@ -320,7 +343,7 @@ def test_a_run_is_tried_at_every_rate_under_a_name_of_its_own(materials, tmp_pat
         found[path.name] = determines["train"]["lr"], also_in
         return trial(0, 0.5, 0.5)
 
-    monkeypatch.setattr("mlvgm_mi.experiments.cell", remember)
+    monkeypatch.setattr("mlvgm_mi.studies.cell", remember)
     study, run = Study(tmp_path, "digits", load_digits(), {"width": 4}, batch_size=4), Run("real", "simsiam", "none", 0)
     tries = at_rates(study, run, materials, dict(steps=5, warmup=1, lr=0.3), [0.4, 3.2], also_in=["there"])
     assert found == {f"{run.name}__0.4.csv": (0.4, ["there"]), f"{run.name}__3.2.csv": (3.2, ["there"])}
