@@ -18,7 +18,7 @@ CONTINUOUS = [run.name for run in P.continuous]
 FAMILIES = [f"generators/{name}" for name in ("core", "stylegan2", "bigbigan", "nvae", "nvae_training")]
 ENGINE = ["mi", "perturb", "optics", "impact"]
 ENCODERS_CODE = ["perturb", "walkers", "views", "streams", "objectives", "methods", "encoders", "contrastive", "evaluate",
-                 "experiments"]
+                 "precision", "experiments", "studies"]
 
 
 def code(*modules):
@@ -206,7 +206,7 @@ rule encoder:
 
 rule sources:
     input:
-        nb=f"{NB}/E3_sources.ipynb", code=code("evaluate", "experiments", "plot"),
+        nb=f"{NB}/E3_sources.ipynb", code=code("evaluate", "studies", "plot"),
         cells=[f"{BUILD}/cells/{name}.csv" for name in ENCODERS]
     output:
         results("encoders.csv", "sources_table.csv"), picture("sources") + picture("sources_t_x")
@@ -251,9 +251,9 @@ rule long_rates:
         "{PAPERMILL} {input.nb} {log.nb} -y '{params.y}' > {log.txt} 2>&1"
 
 
-def longer_materials():
-    "The files that the rows of E3b read, beside the recipes."
-    rows = [row for of_one in only("E3b_longer").get("rows", {}).values() for row in of_one]
+def longer_materials(experiment="E3b_longer", rows_in="rows"):
+    "The files that the rows of E3b or E3c read, beside the recipes."
+    rows = [row for of_one in only(experiment).get(rows_in, {}).values() for row in of_one]
     return results(*sorted({file for row in rows for file in material_files(row["source"]).values()}))
 
 
@@ -269,6 +269,22 @@ rule longer:
                                **only("E3b_longer"))
     log:
         nb=f"{BUILD}/notebooks/E3b_longer.ipynb", txt=f"{BUILD}/logs/E3b_longer.txt"
+    shell:
+        "{PAPERMILL} {input.nb} {log.nb} -y '{params.y}' > {log.txt} 2>&1"
+
+
+rule fresh_seeds:
+    input:
+        nb=f"{NB}/E3c_fresh_seeds.ipynb", code=code(*ENCODERS_CODE, "plot"), recipes=rules.impact.output.recipes,
+        materials=longer_materials("E3c_fresh_seeds", "again"), longer=results("longer.csv")
+    output:
+        results("fresh.csv", "fresh_table.csv"), picture("fresh")
+    params:
+        y=lambda w: parameters("dataset", "images", "encoder", "batch_size", "probe_images", "shares", "train", "train_of",
+                               **{name: value for name, value in only("E3b_longer").items() if name in ("rates", "decoded")},
+                               **only("E3c_fresh_seeds"))
+    log:
+        nb=f"{BUILD}/notebooks/E3c_fresh_seeds.ipynb", txt=f"{BUILD}/logs/E3c_fresh_seeds.txt"
     shell:
         "{PAPERMILL} {input.nb} {log.nb} -y '{params.y}' > {log.txt} 2>&1"
 
@@ -309,7 +325,8 @@ rule publish:
         rules.rates.output if "E2b_rates" in P.parameters else [],  # tuning and length are for studies
         rules.choice.output if "E2c_choice" in P.parameters else [],
         rules.long_rates.output if "E2d_long_rates" in P.parameters else [],
-        rules.longer.output if "E3b_longer" in P.parameters else []
+        rules.longer.output if "E3b_longer" in P.parameters else [],
+        rules.fresh_seeds.output if "E3c_fresh_seeds" in P.parameters else []
     output:
         f"{BUILD}/published.txt"
     params:

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from mlvgm_mi.cells import write_frame
+from mlvgm_mi.experiments import Run
 from mlvgm_mi.perturb import Recipe
 
 PAGES = Path(__file__).parents[1] / "nbs" / "experiments"
@@ -116,3 +117,28 @@ def test_a_rate_is_kept_unless_the_row_offers_all_of_them_again(tmp_path, monkey
     assert list(page["of_objective"]["byol"].source.unique()) == ["real"]
     points = page["doubling"].set_index(["objective", "source", "split"]).points
     assert points["simsiam", "guided", "test"] == pytest.approx(-20) and points["simsiam", "uniform", "test"] == pytest.approx(-10)
+
+
+def test_fresh_seeds_are_judged_alone_and_with_the_earlier_ones(tmp_path, monkeypatch):
+    "Guided views were three points ahead on the seeds that were looked at; on fresh ones they are one ahead."
+    trials = lambda run, train, lead: trial(run, train["steps"], 0.2).assign(
+        accuracy=0.6 + (lead if run.source == "guided" else 0) + 0.001 * run.seed**2)
+    monkeypatch.setattr("mlvgm_mi.studies.at_rates", lambda study, run, materials, train, *rest: [trials(run, train, 0.01)])
+    Recipe({"w0-1": 0.1, "w2-3": 0.2, "w4-5": 0.9, "w6-7": 1.0}).to_yaml(tmp_path / "results" / "recipe.yaml")
+    guided = {"source": "guided", "generator": "fashion-stylegan2"}
+    again = {"simclr": [row | {"t_x": "none", "lengths": [20, 40]} for row in ({"source": "real"}, guided)]}
+    seen = [trials(Run(source, "simclr", "none", seed), {"steps": steps}, 0.03).assign(generator=name, steps=steps)
+            for source, name in (("real", "images"), ("guided", "fashion-stylegan2")) for seed in SEEDS for steps in (20, 40, 80)]
+    write_frame(pd.concat([*seen, seen[0].assign(t_x="simclr")]), tmp_path / "results" / "longer.csv")  # another augmentation
+    train = {"steps": 20, "lr": 0.2, "warmup": 2}
+    settings = dict(build=str(tmp_path), dataset="digits", train=train, probe_images=100, again=again)
+    page = run_page("E3c_fresh_seeds", **settings, fresh_seeds=[3, 4])
+    table = page["table"].set_index(["probe", "of", "source"])
+    assert set(page["last"].steps) == {40} and set(page["frame"].steps) == {20, 40} and len(table) == 8
+    gains = table.xs("real", level="source").gain.round(6).unstack()
+    assert gains["fresh seeds"].tolist() == [0.01] * 2 and gains["all seeds"].tolist() == [0.022] * 2
+    assert table.xs("guided", level="source").gain.isna().all()
+    assert table.xs("real", level="source").seeds.unstack().iloc[0].to_dict() == {"fresh seeds": 2, "all seeds": 5}
+    assert table.loc["linear", "fresh seeds", "real"].accuracy == pytest.approx(0.6 + 0.001 * (9 + 16) / 2)
+    with pytest.raises(AssertionError, match="looked at before"):
+        run_page("E3c_fresh_seeds", **settings, fresh_seeds=[2, 3])
