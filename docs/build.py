@@ -21,6 +21,7 @@ from pages import Symbols, experiment_page, library_page, place_markdown, toctre
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "mlvgm_mi"
 PROJECT_FILES = {"CHANGELOG.md": "changelog", "CONTRIBUTING.md": "contributing", "CODE_OF_CONDUCT.md": "conduct"}
+RESULTS = {"docs/results.md": "results.md"}
 
 
 # The library's pages by the number they begin with, in the order of the sidebar.
@@ -83,15 +84,16 @@ def numbered(pages: list[str], *numbers: str) -> list[str]:
 def write_home(root: Path, source: Path, library: dict[str, str], experiments: dict[str, str]) -> None:
     "The README with the site's contents appended, and the other markdown files of the repository."
     project = {name: f"{page}.md" for name, page in PROJECT_FILES.items() if (root / name).exists()}
-    pages = library | experiments | project
-    for name, page in ({"README.md": "index.md"} | project).items():
-        text = place_markdown((root / name).read_text(encoding="utf-8"), root, source, pages)
-        (source / page).write_text(text, encoding="utf-8")
+    results = {name: page for name, page in RESULTS.items() if (root / name).exists()}
+    pages = library | experiments | project | results | {"README.md": "index.md"}
+    for name, page in ({"README.md": "index.md"} | project | results).items():
+        text = (root / name).read_text(encoding="utf-8").replace("](../", "](")  # all pages of prose stand at the top of the site
+        (source / page).write_text(place_markdown(text, root, source, pages), encoding="utf-8")
     names = lambda found: list(dict.fromkeys(re.sub(r"\.\w+$", "", page) for page in found.values()))  # noqa: E731
     guides, *modules = [toctree(section, numbered(names(library), *numbers)) for section, numbers in SECTIONS.items()]
     contents = [
         guides,
-        toctree("Experiments", names(experiments)),
+        toctree("Experiments", [*names(results), *names(experiments)]),
         *modules,
         toctree("Reference", [f"api/{PACKAGE}/index"], depth=2),
         toctree("Project", names(project)),

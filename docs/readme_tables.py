@@ -1,4 +1,4 @@
-"""Fills the tables of README.md; `--check` only says whether they are up to date.
+"""Fills the tables of README.md and docs/results.md; `--check` only says whether they are up to date.
 
     python docs/readme_tables.py [--check]
 
@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("README.md", "docs/results.md")
 T_X = {"none": "none", "no_color": "crops, flips", "no_crop": "flips, colour", "simclr": "crops, flips, colour"}  # in words
 
 
@@ -90,6 +91,18 @@ def claims(results: Path) -> pd.DataFrame:
             found = rows.setdefault((row.claim, row.text), {"claim": f"{row.claim}. {row.text}", "criterion": row.criterion})
             found[profile] = f"{row.verdict}: {row.estimate:.2f} [{row.low:.2f}, {row.high:.2f}], {row.generator}"
     return pd.DataFrame([rows[key] for key in sorted(rows, key=lambda key: key[0])]).fillna("")
+
+
+def verdicts(results: Path) -> pd.DataFrame:
+    "The last word on every claim: of `full` if it judges it, and of its longest training."
+    rows = {}
+    for profile in ("quick", "full"):
+        for row in pd.read_csv(results.parent / profile / "claims.csv").itertuples():
+            text, _, after = row.text.removesuffix(".").partition(", after ")
+            measured = f"**{row.verdict}**: {row.estimate:.2f} [{row.low:.2f}, {row.high:.2f}]"
+            rows[row.claim, text] = {"claim": f"{row.claim}. {text}.", "criterion": row.criterion.replace(f", after {after}", ""), "verdict": measured,
+                                     "judged in": ", ".join(filter(None, [f"`{profile}`", after]))}
+    return pd.DataFrame([rows[key] for key in sorted(rows, key=lambda key: key[0])])
 
 
 CASES = {  # benchmark -> what is timed, and what it is compared with
@@ -257,6 +270,35 @@ def longer_gains(results: Path) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def ends(results: Path) -> pd.DataFrame:
+    "Guided views after the most updates that they, real and uniform ones all had; each under what suits it best on validation."
+    table, runs = pd.read_csv(results / "longer_table.csv"), pd.read_csv(results / "longer.csv")
+    chosen = runs[(runs.split == "val") & (runs.probe == "linear") & (runs.source == "guided")]
+    chosen = chosen.groupby(["objective", "generator", "steps", "t_x"], sort=False).accuracy.mean()
+    rows = []
+    for (objective, generator), by_t_x in chosen.groupby(["objective", "generator"], sort=False):
+        own = table[(table.objective == objective) & table.generator.isin([generator, "images"])]
+        steps = max(n for n, part in own.groupby("steps") if {"real", "uniform", "guided"} <= set(part.source))
+        *_, t_x = by_t_x.xs(steps, level="steps", drop_level=False).idxmax()
+        guided = own[(own.source == "guided") & (own.steps == steps) & (own.t_x == t_x)].set_index("probe")
+        linear, knn = guided.loc["linear"], guided.loc["knn"]
+        rows.append({"objective": objective, "views made by": generator, "augmentation": T_X[t_x], "updates": f"{steps:,}",
+                     "guided, linear probe, %": percent(linear, "accuracy", "low", "high")}
+                    | {f"{name}, minus {other}": interval(row, f"minus_best_{other}", 100, 1)
+                       for name, row in (("linear", linear), ("kNN", knn)) for other in ("real", "uniform")})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def fresh(results: Path) -> pd.DataFrame:
+    "Rows that stood out, on seeds that had no say in anything and on all."
+    table = pd.read_csv(results / "fresh_table.csv")
+    return pd.DataFrame([
+        {"objective": row["objective"], "probe": row["probe"], "seeds": f"{row['seeds']} ({row['of'].split()[0]})",
+         "views from": row["source"], "accuracy, %": percent(row, "accuracy", "low", "high"),
+         "guided minus this, points": interval(row, "gain", 100, 1)} for _, row in table.iterrows()
+    ])
+
+
 def doubling(results: Path) -> pd.DataFrame:
     "What twice the updates bring at the end of every row, in points of the linear probe."
     table, rows = pd.read_csv(results / "longer_doubling.csv"), []
@@ -287,7 +329,7 @@ def continuous(results: Path) -> pd.DataFrame:
 
 TABLES = {table.__name__: table for table in (
     generators, impact, table1, coverage, claims, sources, objectives, gains, augmentations, longer_sources, longer_augmentations,
-    longer_augmentation_gains, longer, longer_gains, doubling, continuous, speed)}
+    longer_augmentation_gains, longer, longer_gains, ends, fresh, doubling, continuous, speed, verdicts)}
 
 
 def markdown(frame: pd.DataFrame) -> str:
@@ -300,7 +342,7 @@ def fill(text: str, results: Path) -> str:
     "`text` with every table between its markers made anew, from folders of profiles in `results`."
     def table(match: re.Match) -> str:
         profile = match[3] or "quick"
-        made_by = "" if match[2] in ("speed", "claims") else f"\n\n*Profile `{profile}`.*"
+        made_by = "" if match[2] in ("speed", "claims", "verdicts") else f"\n\n*Profile `{profile}`.*"
         return f"{match[1]}\n{markdown(TABLES[match[2]](results / profile))}{made_by}\n{match[4]}"
 
     return re.sub(r"(<!-- table: (\w+)(?: of (\w+))? -->)\n.*?(<!-- end -->)", table, text, flags=re.S)
@@ -308,14 +350,17 @@ def fill(text: str, results: Path) -> str:
 
 def main(arguments: list[str]) -> int:
     "Fills or checks; 1 if a check fails."
-    readme = ROOT / "README.md"
-    old = readme.read_text(encoding="utf-8")
-    new = fill(old, ROOT / "results")
+    stale = []
+    for name in PAGES:
+        old = (ROOT / name).read_text(encoding="utf-8")
+        new = fill(old, ROOT / "results")
+        if old != new:
+            stale.append(name)
+            if "--check" not in arguments:
+                (ROOT / name).write_text(new, encoding="utf-8")
     if "--check" in arguments:
-        print("README.md is up to date" if old == new else "README.md: tables differ from results; run docs/readme_tables.py")
-        return int(old != new)
-    readme.write_text(new, encoding="utf-8")
-    return 0
+        print(f"{', '.join(stale)}: tables differ from results; run docs/readme_tables.py" if stale else "all tables are up to date")
+    return int("--check" in arguments and bool(stale))
 
 
 if __name__ == "__main__":

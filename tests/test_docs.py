@@ -186,6 +186,9 @@ def site(repository: Path) -> Path:
     "The small repository's site, with an executed experiment that has a picture and a table."
     ignore = shutil.ignore_patterns("_generated", "__pycache__")
     shutil.copytree(ROOT / "docs", repository / "docs", ignore=ignore)
+    (repository / "docs" / "results.md").write_text("# Found\n\n[base](../nbs/00_base.ipynb), ![a dot](../figures/dot.png), [home](../README.md).\n")
+    with open(repository / "README.md", "a") as file:
+        file.write("\nMore in [Results](docs/results.md#found).\n")
     (repository / "figures").mkdir()
     (repository / "figures" / "dot.png").write_bytes(base64.b64decode(PIXEL))
     executed = repository / "results" / "quick" / "notebooks" / "trial.ipynb"
@@ -206,6 +209,13 @@ def test_the_site_shows_math_figures_tables_and_references(site: Path):
     assert "dataframe" in trial.read_text() and "<img" in trial.read_text()
     assert "_images/dot.png" in (site / "index.html").read_text() and (site / "_images" / "dot.png").exists()
     assert (site / "_static" / "mathjax.js").stat().st_size > 1_000_000
+
+
+@pytest.mark.slow
+def test_pages_of_prose_lead_to_each_other_and_to_notebooks(site: Path):
+    assert 'href="results.html#found"' in (site / "index.html").read_text()
+    found = (site / "results.html").read_text()
+    assert 'href="library/00_base.html"' in found and 'href="index.html"' in found and "_images/dot.png" in found
 
 
 @pytest.mark.slow
