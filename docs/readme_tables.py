@@ -100,7 +100,8 @@ def verdicts(results: Path) -> pd.DataFrame:
         for row in pd.read_csv(results.parent / profile / "claims.csv").itertuples():
             text, _, after = row.text.removesuffix(".").partition(", after ")
             measured = f"**{row.verdict}**: {row.estimate:.2f} [{row.low:.2f}, {row.high:.2f}]"
-            rows[row.claim, text] = {"claim": f"{row.claim}. {text}.", "criterion": row.criterion.replace(f", after {after}", ""), "verdict": measured,
+            criterion = row.criterion.replace(f", after {after}", "")
+            rows[row.claim, text] = {"claim": f"{row.claim}. {text}.", "criterion": criterion, "verdict": measured,
                                      "judged in": ", ".join(filter(None, [f"`{profile}`", after]))}
     return pd.DataFrame([rows[key] for key in sorted(rows, key=lambda key: key[0])])
 
@@ -359,7 +360,8 @@ def main(arguments: list[str]) -> int:
             if "--check" not in arguments:
                 (ROOT / name).write_text(new, encoding="utf-8")
     if "--check" in arguments:
-        print(f"{', '.join(stale)}: tables differ from results; run docs/readme_tables.py" if stale else "all tables are up to date")
+        differ = f"{', '.join(stale)}: tables differ from results; run docs/readme_tables.py"
+        print(differ if stale else "all tables are up to date")
     return int("--check" in arguments and bool(stale))
 
 

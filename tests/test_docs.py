@@ -186,7 +186,8 @@ def site(repository: Path) -> Path:
     "The small repository's site, with an executed experiment that has a picture and a table."
     ignore = shutil.ignore_patterns("_generated", "__pycache__")
     shutil.copytree(ROOT / "docs", repository / "docs", ignore=ignore)
-    (repository / "docs" / "results.md").write_text("# Found\n\n[base](../nbs/00_base.ipynb), ![a dot](../figures/dot.png), [home](../README.md).\n")
+    links = "[base](../nbs/00_base.ipynb), ![a dot](../figures/dot.png), [home](../README.md)"
+    (repository / "docs" / "results.md").write_text(f"# Found\n\n{links}.\n")
     with open(repository / "README.md", "a") as file:
         file.write("\nMore in [Results](docs/results.md#found).\n")
     (repository / "figures").mkdir()
