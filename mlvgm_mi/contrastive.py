@@ -13,16 +13,17 @@ import math
 import sys
 import warnings
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from functools import partial
 from pathlib import Path
-from types import FunctionType
-from typing import Any, Iterator, Mapping, Protocol, Sequence, runtime_checkable
+from types import BuiltinFunctionType, FunctionType
+from typing import Any, Callable, Iterator, Mapping, Protocol, Sequence, runtime_checkable
 
 import lightning
 import pandas as pd
 import torch
 from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, distributed, nn
@@ -31,6 +32,7 @@ from torch.utils.data import DataLoader
 from .cells import described, digest, weights_digest
 from .checkpoints import WeightsError, atomic_path, read_state, save_state
 from .encoders import ENCODERS, Encoder, load_encoder, resnet50, save_encoder, seeded_init, small_resnet  # noqa: F401
+from .latents import rng_for
 from .methods import OBJECTIVES, Objective, SimCLR, encode_views  # noqa: F401
 from .plot import save_figure, view_grid
 from .schedules import OPTIMISERS, TrainConfig  # noqa: F401
@@ -99,13 +101,15 @@ class Contrastive(lightning.LightningModule):
         self.objective, self.config = objective, config
         objective.attach(self.encoder)
         self.history: list[tuple[int, float, float]] = []  # step, loss, learning rate
-        self.origin = asdict(config) | {"weights": weights_digest(self), "objective": digest(_settings(objective))}
+        parts = {"encoder": digest(_settings(self.encoder)), "objective": digest(_settings(objective))}
+        self.origin = asdict(config) | {"weights": weights_digest(self)} | parts
 
     def training_step(self, views: Tensor, index: int) -> Tensor:
         "The loss of a batch; `ValueError` for views of a wrong shape, `FloatingPointError` if the loss is not finite."
         _check_views(views)
         if not self.history:
             _check_range(views)
+            _check_ranks(views)
         loss, step = _loss(self.objective, self.encoder, views), len(self.history)
         shared, lr = _over_ranks(loss.detach()), self.config.lr * self.config.lr_factor(step)
         _check_loss(shared, step, views, self.config)
@@ -126,36 +130,68 @@ class Contrastive(lightning.LightningModule):
         return {"optimizer": optimiser, "lr_scheduler": schedule}
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        "One update, then the objective's own."
-        super().optimizer_step(*args, **kwargs)
-        self.objective.after_step(self.encoder, len(self.history))
+        "One update, then the objective's own. What they draw from torch's global state depends on seed, step and rank alone."
+        rng_on = partial(rng_for, self.config.seed, "training", step=len(self.history), rank=self.global_rank)
+        with _global_state(rng_on, self.device):
+            super().optimizer_step(*args, **kwargs)
+            self.objective.after_step(self.encoder, len(self.history))
+
+    def on_train_end(self) -> None:
+        "Puts the history where Lightning hands it over, with the weights, to a process that started this one."
+        self.trainer.callback_metrics["history"] = torch.tensor(self.history, dtype=torch.float64)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        "Adds the history and what the run started from."
-        checkpoint["history"], checkpoint["origin"] = list(self.history), self.origin
+        "Adds the history, what the run started from and the number of its processes."
+        checkpoint |= {"history": list(self.history), "origin": self.origin, "world_size": self.trainer.world_size}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         "Takes the history back."
         self.history = [tuple(row) for row in checkpoint["history"]]
 
+# %% ../nbs/09_contrastive.ipynb #6e2f0b12
+@contextmanager
+def _global_state(rng_on: Callable[..., torch.Generator], device: torch.device) -> Iterator[None]:
+    "Inside, torch's global states of the CPU and of a CUDA `device` are those of `rng_on(device=...)`; outside as they were."
+    generators = [torch.default_generator] + ([torch.cuda.default_generators[device.index]] if device.type == "cuda" else [])
+    before = [generator.get_state() for generator in generators]
+    try:
+        for generator in generators:
+            generator.set_state(rng_on(device=generator.device).get_state())
+        yield
+    finally:
+        for generator, state in zip(generators, before):
+            generator.set_state(state)
 
-def _over_ranks(loss: Tensor) -> Tensor:
-    "The mean over all processes: the loss of the whole batch, on each of them."
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return loss
-    total = loss.clone()
+# %% ../nbs/09_contrastive.ipynb #6e2f0b15
+def _world_size() -> int:
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def _over_ranks(values: Tensor) -> Tensor:
+    "The mean over all processes, on each of them; that of their losses is the loss of the whole batch."
+    if _world_size() == 1:
+        return values
+    total = values.clone()
     distributed.all_reduce(total)
-    return total / distributed.get_world_size()
+    return total / _world_size()
 
 # %% ../nbs/09_contrastive.ipynb #e926e03c
 def _settings(network: nn.Module) -> dict[str, Any]:
-    "Classes and plain attributes of a network and all its parts, by their names."
-    plain = (bool, int, float, str, FunctionType, partial)
+    "Classes, plain attributes and frozen parameters of a network and all its parts, by their names."
     return {
-        name: [type(part).__qualname__, {key: described(value) for key, value in vars(part).items()
-                                         if isinstance(value, plain) and key != "training" and not key.startswith("_")}]
+        name: [
+            type(part).__qualname__,
+            {key: described(value) for key, value in vars(part).items() if _is_setting(key, value)},
+            [key for key, value in part.named_parameters(recurse=False) if not value.requires_grad],
+        ]
         for name, part in network.named_modules()
     }
+
+
+def _is_setting(name: str, value: Any) -> bool:
+    "Whether an attribute of a module says how it was built; of other objects than these, only data classes do."
+    plain = (bool, int, float, str, type(None), list, tuple, dict, Tensor, FunctionType, BuiltinFunctionType, partial)
+    return not name.startswith("_") and name != "training" and (isinstance(value, plain) or is_dataclass(value))
 
 # %% ../nbs/09_contrastive.ipynb #4859a3fc
 def _check_views(views: Tensor) -> None:
@@ -176,6 +212,14 @@ def _check_range(views: Tensor) -> None:
     low, high = (bound.item() for bound in views.aminmax())
     if low < 0 or high > 1:
         raise ValueError(f"views span [{low:.4g}, {high:.4g}], expected [0, 1]; undo the normalisation, or clamp them")
+
+
+def _check_ranks(views: Tensor) -> None:
+    if _world_size() > 1:
+        sums = torch.stack([views.double().sum(), views.double().square().sum()])
+        if torch.equal(_over_ranks(sums), sums):
+            raise ValueError(f"all {_world_size()} processes were given the same views, so instances would be told apart from "
+                             "themselves; let batch() depend on the rank, as the sources of `views` do")
 
 
 def _loss(objective: Objective, encoder: Encoder, views: Tensor) -> Tensor:
@@ -250,7 +294,7 @@ def _last_whole(folder: Path, origin: Mapping[str, Any]) -> tuple[Path | None, d
             warnings.warn(f"passing over a damaged checkpoint: {error}", stacklevel=3)
             continue
         theirs = checkpoint.get("origin", {})
-        differing = [key for key in origin if theirs.get(key) != origin[key]]
+        differing = [key for key in {**origin, **theirs} if theirs.get(key) != origin.get(key)]
         if differing:
             raise ValueError(
                 f"checkpoint_folder={str(folder)!r} holds a run with other {', '.join(differing)}; "
@@ -287,7 +331,7 @@ class ShowViews(lightning.Callback):
 
 # %% ../nbs/09_contrastive.ipynb #4dba6a7a
 def _trainer(
-    config: TrainConfig, callbacks: list[lightning.Callback], logs: Path | None, options: Mapping[str, Any] | None
+    config: TrainConfig, callbacks: list[lightning.Callback], logs: Path | None, options: Mapping[str, Any]
 ) -> lightning.Trainer:
     logger = TensorBoardLogger(logs, name="", version="") if logs else False
     quiet = dict(enable_checkpointing=False, enable_model_summary=False, logger=logger, log_every_n_steps=10)
@@ -295,24 +339,35 @@ def _trainer(
     device = dict(accelerator="auto", devices=1, enable_progress_bar=sys.stderr.isatty())
     together = dict(sync_batchnorm=torch.cuda.is_available())  # there is none for the CPU
     own = quiet | common | device | together
-    given = dict(options or {})
+    given = dict(options)
     both = {name: [*own[name], *_listed(given.pop(name, []))] for name in ("callbacks", "plugins")}
+    both["plugins"] += _slurm([*both["plugins"], getattr(given.get("strategy"), "cluster_environment", None)])
     return lightning.Trainer(**(own | given | both))
+
+
+def _slurm(plugins: Sequence[Any]) -> list[SLURMEnvironment]:
+    "Slurm without Lightning's own requeueing, whose checkpoints `fit` would never see; nothing elsewhere, or if one is chosen."
+    chosen = any(isinstance(plugin, ClusterEnvironment) for plugin in plugins) or TorchElasticEnvironment.detect()
+    return [SLURMEnvironment(auto_requeue=False)] if not chosen and SLURMEnvironment.detect() else []
 
 
 def _listed(value: Any) -> list[Any]:
     "Lightning takes one callback or a list of them, or none."
     return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
 
-
+# %% ../nbs/09_contrastive.ipynb #6e2f0b17
 @contextmanager
-def _told_to_stop(module: Contrastive) -> Iterator[None]:
-    "A run that is asked to end (SIGTERM) has not succeeded, and says so; Lightning would leave with exit code 0."
+def _told_to_stop(module: Contrastive, folder: Path | None) -> Iterator[None]:
+    "A run that is asked to end (SIGTERM, Ctrl-C) says how to go on, and has not succeeded; Lightning would end without a word."
     try:
         yield
-    except SIGTERMException:
-        done = len(module.history)
-        raise SystemExit(f"stopped by SIGTERM after {done} updates; the same call goes on from its last checkpoint") from None
+    except SystemExit as stop:
+        by = "SIGTERM" if isinstance(stop, SIGTERMException) else "Ctrl-C"
+        if by == "Ctrl-C" and not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        done = f" after {len(module.history)} updates" if module.history else ""
+        rest = "the same call goes on from its last checkpoint" if folder and _checkpoints(folder) else "it left no checkpoint"
+        raise SystemExit(f"stopped by {by}{done}; {rest}") from None
 
 
 @contextmanager
@@ -331,16 +386,48 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 # %% ../nbs/09_contrastive.ipynb #0ace04c5
+_NOT_FOR_TRAINER = {
+    "limit_train_batches": "the same views would come again; shorten config.steps instead",
+    "overfit_batches": "the same views would come again; shorten config.steps instead",
+    "precision": "checkpoints would not know it; give it to TrainConfig",
+    "max_steps": "the schedule would not know it; give TrainConfig its steps",
+}
+
+
 def _check_call(source: BatchSource, checkpoint_every: int, options: Mapping[str, Any]) -> None:
     if len(source) < 1:
         raise ValueError("source has no batches; check its size against its batch size")
     if checkpoint_every < 1:
         raise ValueError(f"{checkpoint_every=} must be at least 1, the updates from one checkpoint to the next")
-    for name in ("limit_train_batches", "overfit_batches"):
+    for name, reason in _NOT_FOR_TRAINER.items():
         if name in options:
-            raise ValueError(f"{name}: the same views would come again; shorten config.steps instead")
+            raise ValueError(f"trainer_options has {name}={options[name]!r}: {reason}")
+    if "spawn" in str(options.get("strategy")):
+        raise ValueError(f"trainer_options has strategy={options['strategy']!r}: sources do not travel into spawned processes; "
+                         "start a script with torchrun (see the page on many machines), take 'ddp_notebook' in a notebook")
     if options.get("accumulate_grad_batches", 1) != 1:
         raise ValueError("accumulate_grad_batches: every update takes one batch here; give the source larger batches")
+
+# %% ../nbs/09_contrastive.ipynb #6e2f0b18
+def _clipping(options: Mapping[str, Any]) -> dict[str, Any]:
+    "How gradients are clipped, in plain values: what a trainer is told that changes the weights."
+    limit, algorithm = options.get("gradient_clip_val") or 0, options.get("gradient_clip_algorithm") or "norm"
+    return {"gradient_clip_val": float(limit), "gradient_clip_algorithm": algorithm.lower()}
+
+# %% ../nbs/09_contrastive.ipynb #6e2f0b20
+def _check_processes(trainer: lightning.Trainer, source: BatchSource, checkpoint: Mapping[str, Any]) -> None:
+    "What only the trainer knows, before any process starts: how many there will be, and what Lightning would load by itself."
+    here, there = trainer.world_size, checkpoint.get("world_size")
+    if here > 1 and isinstance(source, Repeated):
+        raise ValueError(f"source is a list, from which all {here} processes would take the same batches; give a source whose "
+                         "batches depend on the rank, as those of `views` do")
+    if checkpoint and there != here:
+        raise ValueError(f"checkpoint_folder holds the unfinished run of {there} processes, and this is one of {here}, with other "
+                         f"batches; go on with {there} (devices, num_nodes), or give the new run a folder of its own")
+    strays = sorted(Path(trainer.default_root_dir).glob("hpc_ckpt_*.ckpt")) if SLURMEnvironment.detect() else []
+    if strays and not checkpoint:
+        raise ValueError(f"{strays[0]}: Lightning would go on from this file; move it away, or give trainer_options another "
+                         "default_root_dir")
 
 # %% ../nbs/09_contrastive.ipynb #fb4e4b4f
 def fit(
@@ -349,19 +436,23 @@ def fit(
     checkpoint_folder: str | Path | None = None,  # None: nothing is written and nothing resumed
     checkpoint_every: int = 200,  # steps
     workers: int = 0,  # processes that make batches; 0: this one
-    trainer_options: Mapping[str, Any] | None = None,  # more for Lightning's Trainer: devices, strategy, ...
+    trainer_options: Mapping[str, Any] | None = None,  # more for Lightning's Trainer: devices, gradient_clip_val, ...
     logs: str | Path | None = None,  # folder for TensorBoard's events and `views.png`; needs tensorboardX or tensorboard
 ) -> pd.DataFrame:
     """Trains `module` in place for `module.config.steps` and returns its history: step, loss, lr.
 
     Killed at any step and called again with a module built the same way, it goes on from the last checkpoint in
-    the folder and ends with the same weights, bit for bit, as if nothing had happened. Raises `ValueError` if the
-    folder belongs to another run: other settings, first weights, objective, or views of a source that has an `identity`.
+    the folder and ends with the same weights, bit for bit, as if nothing had happened; what encoder and objective draw
+    from torch's global state on the way (dropout) depends on `config.seed`, step and rank alone, on CPUs and CUDA devices.
+    Raises `ValueError` if the folder belongs to another run: other settings, first weights, encoder, objective, clipped
+    gradients, or views of a source that has an `identity`; or to an unfinished one of another number of processes.
     """
     if not hasattr(source, "__len__") or not (hasattr(source, "batch") or hasattr(source, "__getitem__")):
         raise ValueError(f"source is a {type(source).__name__}, expected a source or a list of batches, no loader, no iterator")
     source = source if isinstance(source, BatchSource) else Repeated(source)
-    _check_call(source, checkpoint_every, trainer_options or {})
+    options = trainer_options or {}
+    _check_call(source, checkpoint_every, options)
+    module.origin |= _clipping(options)
     if hasattr(source, "identity"):
         module.origin["views"] = digest(described(source))
     folder, stop = Path(checkpoint_folder) if checkpoint_folder else None, module.config.steps
@@ -373,10 +464,12 @@ def fit(
     if first < stop:
         callbacks = [PlaceSource(source)] + ([KeepLastTwo(folder, checkpoint_every)] if folder else [])
         callbacks += [ShowViews(Path(logs))] if logs else []
-        with _quiet():
-            trainer = _trainer(module.config, callbacks, logs, trainer_options)
-            with _told_to_stop(module):
-                trainer.fit(module, Stream(source, first, stop, workers), ckpt_path=path, weights_only=True)
+        with _quiet(), _told_to_stop(module, folder):
+            trainer = _trainer(module.config, callbacks, logs, options)
+            _check_processes(trainer, source, checkpoint)
+            trainer.fit(module, Stream(source, first, stop, workers), ckpt_path=path, weights_only=True)
+        if "history" in trainer.callback_metrics:  # of the first process, if Lightning started it from this one
+            module.history = [(int(step), *rest) for step, *rest in trainer.callback_metrics["history"].tolist()]
     else:
         module.on_load_checkpoint(checkpoint)
         module.load_state_dict(checkpoint["state_dict"])

@@ -55,6 +55,7 @@ class TrainConfig:
     final_lr: float = 0.0  # share of `lr` at which the cosine ends
     optimiser: str = "adamw"  # a name in OPTIMISERS
     precision: str = field(default_factory=usual_precision)  # of the encoder, as Lightning names them; not of the weights
+    seed: int = 0  # of what encoder and objective draw while they train, as dropout does
 
     def __post_init__(self):
         for name, value in vars(self).items():

@@ -1,25 +1,30 @@
 """Losses against a second derivation, the training loop against being killed."""
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import warnings
 from dataclasses import dataclass
+from functools import partial
 
 import lightning
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.enums import GradClipAlgorithmType
+from tensorboardX.proto.event_pb2 import Event
 from torch import nn
 from torch.utils.data import DataLoader
 
-from mlvgm_mi.checkpoints import WeightsError, save_weights
+from mlvgm_mi.checkpoints import WeightsError, read_state, save_state, save_weights
 from mlvgm_mi.contrastive import (
-    ENCODERS, OBJECTIVES, BatchSource, Contrastive, Objective, Repeated, SimCLR, Stream, TrainConfig, encode_views, fit,
-    load_encoder, save_encoder, seeded_init, small_resnet,
+    ENCODERS, OBJECTIVES, BatchSource, Contrastive, Objective, Repeated, SimCLR, Stream, TrainConfig, _global_state, _slurm,
+    encode_views, fit, load_encoder, save_encoder, seeded_init, small_resnet,
 )
 from mlvgm_mi.encoders import _block
 from mlvgm_mi.latents import rng_for
@@ -71,9 +76,9 @@ def simclr():
     return SimCLR(32)
 
 
-def run(objective=simclr, seed=0, **config):
+def run(objective=simclr, seed=0, encoder=None, **config):
     config = dict(steps=STEPS, warmup=2) | config
-    return Contrastive(small_resnet(width=4, seed=seed), objective(), TrainConfig(**config))
+    return Contrastive(small_resnet(width=4, seed=seed, **encoder or {}), objective(), TrainConfig(**config))
 
 
 def assert_same(a, b):
@@ -457,6 +462,128 @@ def test_a_finished_run_is_read_back_without_a_batch(case, tmp_path):
     assert_same(again, whole)
 
 
+class Drawing(Objective):
+    "Draws from torch's global state with every loss and after every update."
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("walk", torch.zeros(3))
+
+    def forward(self, features):
+        kept = nn.functional.dropout(features, 0.3)
+        return -nn.functional.cosine_similarity(kept[:, 0], kept[:, 1]).mean()
+
+    def after_step(self, encoder, step):
+        self.walk += torch.randn(3)
+
+
+def drawing(kind=Contrastive, **config):
+    encoder = small_resnet(width=4)
+    encoder.body.append(nn.Dropout(0.2))
+    return kind(encoder, Drawing(), TrainConfig(**dict(steps=STEPS, warmup=2) | config))
+
+
+def test_what_networks_draw_goes_on_where_it_was(tmp_path):
+    whole = drawing()
+    history, before = fit(whole, Noise()), torch.random.get_rng_state()
+    with pytest.raises(InterruptedError):
+        fit(drawing(), Noise(fatal=5), tmp_path, checkpoint_every=2)
+    torch.rand(7)  # the state outside is nobody's business
+    resumed, outside = drawing(), torch.random.get_rng_state()
+    assert fit(resumed, Noise(), tmp_path, checkpoint_every=2).equals(history)
+    assert_same(resumed, whole)
+    assert torch.equal(outside, torch.random.get_rng_state()) and not torch.equal(outside, before)
+
+
+def test_seeds_ranks_and_steps_draw_differently():
+    class SecondRank(Contrastive):
+        global_rank = 1
+
+    modules = [drawing(), drawing(seed=1), drawing(SecondRank)]
+    histories = [fit(module, Noise()) for module in modules]
+    assert len({tuple(history.loss) for history in histories}) == 3
+    alike = fit(drawing(lr=1e-30, warmup=0), [Noise().batch(0)]).loss
+    assert alike.nunique() == STEPS
+
+
+def test_a_gpu_draws_from_the_stream_too(monkeypatch):
+    gpu = torch.Generator()
+    monkeypatch.setattr(torch.cuda, "default_generators", (None, gpu))
+    before, rng_on = gpu.get_state(), partial(rng_for, 3, "training", step=2)
+    with pytest.raises(KeyError), _global_state(rng_on, torch.device("cuda", 1)):
+        assert torch.equal(torch.rand(3, generator=gpu), torch.rand(3, generator=rng_on()))
+        assert torch.equal(torch.rand(3), torch.rand(3, generator=rng_on()))
+        raise KeyError
+    assert torch.equal(gpu.get_state(), before)
+
+
+class Interrupted(Noise):
+    def die(self):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("every, words", [
+    (2, "stopped by Ctrl-C after 4 updates; the same call goes on from its last checkpoint"),
+    (20, "stopped by Ctrl-C after 4 updates; it left no checkpoint"),
+])
+def test_an_interrupted_run_says_how_to_go_on(tmp_path, every, words):
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as stop:
+        fit(run(), Interrupted(fatal=5), tmp_path, checkpoint_every=every)
+    assert str(stop.value) == words and signal.getsignal(signal.SIGINT) is handler
+
+
+def test_another_exit_is_left_alone():
+    class Leaving(Noise):
+        def die(self):
+            raise SystemExit(3)
+
+    with pytest.raises(SystemExit) as stop:
+        fit(run(), Leaving(fatal=2))
+    assert stop.value.code == 3
+
+
+@pytest.fixture
+def slurm(monkeypatch, tmp_path):
+    "A job of one task, as its processes see it."
+    for name in ("PROCID", "LOCALID", "NODEID"):
+        monkeypatch.setenv(f"SLURM_{name}", "0")
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    monkeypatch.setenv("SLURM_JOB_ID", "1234")
+    monkeypatch.setenv("SLURM_JOB_NAME", "train")
+    monkeypatch.chdir(tmp_path)
+
+
+class Watching(lightning.Callback):
+    def on_train_batch_end(self, trainer, *_):
+        self.handler = signal.getsignal(signal.SIGUSR1)
+
+
+def test_lightning_requeues_nothing_under_slurm(slurm, tmp_path):
+    "Its handler would leave a checkpoint in the working directory, from which the next run there would start."
+    watching = Watching()
+    history = fit(run(), Noise(), trainer_options={"callbacks": watching})
+    assert watching.handler is signal.SIG_DFL and not list(tmp_path.iterdir())
+    assert history.equals(fit(run(), Noise(), trainer_options={"plugins": SLURMEnvironment(auto_requeue=False)}))
+
+
+def test_torchrun_inside_a_job_stays_torchrun(slurm, monkeypatch):
+    assert [type(environment) for environment in _slurm([])] == [SLURMEnvironment]
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    assert not _slurm([])
+
+
+def test_a_checkpoint_that_lightning_left_under_slurm_is_not_taken_up(slurm, tmp_path):
+    fit(run(seed=1, steps=3), Noise(), tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "step-00000003.ckpt", tmp_path / "hpc_ckpt_1.ckpt")
+    with pytest.raises(ValueError, match="hpc_ckpt_1.ckpt: Lightning would go on from this file; move it away"):
+        fit(run(), Noise())
+    elsewhere = {"default_root_dir": tmp_path / "elsewhere"}
+    with pytest.raises(InterruptedError):
+        fit(run(), Noise(fatal=5), tmp_path / "run", 2, trainer_options=elsewhere)
+    assert fit(run(), Noise(), tmp_path / "run", 2).equals(fit(run(), Noise(), trainer_options=elsewhere))
+
+
 SCRIPT = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
@@ -513,11 +640,60 @@ def test_damaged_checkpoints_are_passed_over(damage, how_many, tmp_path):
     (dict(seed=1), "weights"), (dict(lr=0.5), "lr"), (dict(warmup=1), "warmup"),
     (dict(objective=lambda: OBJECTIVES["dcl"](32)), "objective"),  # the same head, the same first weights
     (dict(objective=lambda: SimCLR(32, temperature=0.5)), "objective"),
+    (dict(encoder=dict(stem_stride=1)), "encoder"), (dict(seed=1, encoder=dict(stem_stride=1)), "weights, encoder"),
 ])
 def test_the_folder_of_another_run_is_refused(other, named, tmp_path):
     fit(run(), Noise(), tmp_path)
     with pytest.raises(ValueError, match=f"other {named};"):
         fit(run(**other), Noise(), tmp_path)
+
+
+@dataclass(frozen=True)
+class Options:
+    power: int
+
+
+class Tuned(Objective):
+    "An objective with a setting of any type."
+
+    def __init__(self, setting):
+        super().__init__()
+        self.setting = setting
+
+    def forward(self, features):
+        return features.square().mean()
+
+
+@pytest.mark.parametrize("one, other", [
+    ((1, 2), (1, 3)), ([0.5], [0.25]), ({"a": 1}, {"a": 2}), (None, 0.1), (None, ()), (torch.relu, torch.tanh),
+    (nn.functional.relu, nn.functional.silu), (Options(1), Options(2)), (torch.ones(3), torch.zeros(3)),
+], ids=lambda setting: type(setting).__name__)  # fmt: skip
+def test_settings_of_any_plain_type_tell_runs_apart(one, other, tmp_path):
+    short = dict(steps=2, warmup=0)
+    history = fit(run(lambda: Tuned(one), **short), Noise(), tmp_path)
+    assert fit(run(lambda: Tuned(one), **short), Noise(), tmp_path).equals(history)
+    with pytest.raises(ValueError, match="other objective;"):
+        fit(run(lambda: Tuned(other), **short), Noise(), tmp_path)
+
+
+def test_a_part_that_is_frozen_makes_another_run(tmp_path):
+    fit(run(), Noise(), tmp_path)
+    module = small_resnet(width=4)
+    module.body[0].requires_grad_(False)
+    with pytest.raises(ValueError, match="other encoder;"):
+        fit(Contrastive(module, simclr(), run().config), Noise(), tmp_path)
+
+
+def test_how_gradients_are_clipped_belongs_to_the_run(tmp_path):
+    clipped = dict(gradient_clip_val=0.01)
+    history = fit(run(), Noise(), tmp_path, trainer_options=clipped)
+    assert not history.equals(fit(run(), Noise()))
+    same = dict(gradient_clip_val=torch.tensor(0.01, dtype=torch.float64), gradient_clip_algorithm=GradClipAlgorithmType.NORM)
+    assert fit(run(), Noise(), tmp_path, trainer_options=same).equals(history)
+    by_value = clipped | dict(gradient_clip_algorithm="value")
+    for other, named in [({}, "val"), (dict(gradient_clip_val=0.02), "val"), (by_value, "algorithm")]:
+        with pytest.raises(ValueError, match=f"other gradient_clip_{named};"):
+            fit(run(), Noise(), tmp_path, trainer_options=other)
 
 
 @dataclass
@@ -532,8 +708,29 @@ class Named(Noise):
 def test_the_folder_of_other_views_is_refused(tmp_path):
     history = fit(run(), Named(), tmp_path)
     assert fit(run(), Named(), tmp_path).equals(history)
-    with pytest.raises(ValueError, match="other views;"):
-        fit(run(), Named(name="two"), tmp_path)
+    for other in (Named(name="two"), Noise()):
+        with pytest.raises(ValueError, match="other views;"):
+            fit(run(), other, tmp_path)
+
+
+TWO = dict(accelerator="cpu", devices=2, strategy="ddp_fork")
+
+
+def test_an_unfinished_run_goes_on_with_as_many_processes(tmp_path):
+    with pytest.raises(InterruptedError):
+        fit(run(), Noise(fatal=5), tmp_path, checkpoint_every=2)
+    with pytest.raises(ValueError, match="unfinished run of 1 processes, and this is one of 2"):
+        fit(run(), Noise(), tmp_path, trainer_options=TWO)
+    for path in tmp_path.glob("step-*.ckpt"):
+        save_state(path, read_state(path) | {"world_size": 4})
+    with pytest.raises(ValueError, match="unfinished run of 4 processes, and this is one of 1"):
+        fit(run(), Noise(), tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["step-00000002.ckpt", "step-00000004.ckpt"]
+
+
+def test_a_list_is_no_source_for_several_processes():
+    with pytest.raises(ValueError, match="source is a list, from which all 2 processes would take the same batches"):
+        fit(run(), [Noise().batch(0)], trainer_options=TWO)
 
 
 def test_a_trained_module_is_not_trained_again_but_in_its_folder(tmp_path):
@@ -547,6 +744,9 @@ def test_a_trained_module_is_not_trained_again_but_in_its_folder(tmp_path):
 @pytest.mark.parametrize("wrong, message", [
     (dict(checkpoint_every=0), "checkpoint_every=0 must be at least 1"),
     (dict(trainer_options={"accumulate_grad_batches": 2}), "larger batches"),
+    (dict(trainer_options={"precision": "64-true"}), "precision='64-true': .* give it to TrainConfig"),
+    (dict(trainer_options={"max_steps": 3}), "max_steps=3: .* give TrainConfig its steps"),
+    (dict(trainer_options=TWO | {"strategy": "ddp_spawn"}), "strategy='ddp_spawn': .* torchrun .* 'ddp_notebook' in a notebook"),
 ])
 def test_what_cannot_work_is_refused_before_training(wrong, message, tmp_path):
     module = run()
@@ -572,15 +772,23 @@ def test_global_state_and_output_stay_alone(tmp_path, capfd):
 # logs
 
 
+def events(folder):
+    "What TensorBoard would read: records of a length in 8 bytes, its checksum in 4, an event, its checksum in 4."
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        content = path.read_bytes()
+        while content:
+            size = int.from_bytes(content[:8], "little")
+            yield Event.FromString(content[12 : 12 + size])
+            content = content[16 + size :]
+
+
 def test_logs_hold_the_curve_and_the_first_views(tmp_path):
-    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     history = fit(run(steps=25), Noise(), logs=tmp_path)
-    found = events.EventAccumulator(str(tmp_path)).Reload()
-    logged = {name: [(event.step, event.value) for event in found.Scalars(name)] for name in ("loss", "lr")}
-    for name, pairs in logged.items():
-        assert [step for step, _ in pairs] == [9, 19]
-        assert [value for _, value in pairs] == pytest.approx(history[name][[9, 19]].tolist(), rel=1e-5)
-    assert found.Tags()["images"] == ["views"]
+    found = [(value, event.step) for event in events(tmp_path) for value in event.summary.value]
+    for name in ("loss", "lr"):
+        pairs = {step: value.simple_value for value, step in found if value.tag == name}
+        assert pairs == pytest.approx(history[name][[9, 19]].to_dict(), rel=1e-5)
+    assert [value.tag for value, _ in found if value.HasField("image")] == ["views"]
     assert {"views.png", "views.pdf"} <= {path.name for path in tmp_path.iterdir()}
 
 
@@ -627,7 +835,7 @@ def test_own_callbacks_and_plugins_come_beside_the_packages(tmp_path):
 
 
 @pytest.mark.parametrize("options, words", [
-    ({"limit_train_batches": 3}, "limit_train_batches: the same views"), ({"overfit_batches": 1}, "overfit_batches")])
+    ({"limit_train_batches": 3}, "limit_train_batches=3: the same views"), ({"overfit_batches": 1}, "overfit_batches=1")])
 def test_options_that_would_repeat_views_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
         fit(run(), Noise(), trainer_options=options)
