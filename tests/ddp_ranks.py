@@ -1,5 +1,6 @@
 """What each process of test_ddp does, and the runs that a process alone is compared on: `ddp_ranks.py FOLDER`, under torchrun."""
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,8 +89,46 @@ def with_norms(name):
     return Contrastive(small_resnet(width=4), OBJECTIVES[name](32, **OPTIONS.get(name, {})), TrainConfig(STEPS, warmup=1))
 
 
+def dying(fatal):
+    "The same batches, until a step of the training."
+    source = continuous()
+    batch = source.batch
+
+    def until(step, epoch=0):
+        if epoch * len(source) + step == fatal:
+            raise InterruptedError("killed")
+        return batch(step, epoch)
+
+    source.batch = until
+    return source
+
+
+def killed_and_resumed(name, folder):
+    "How many checkpoints it left, then its losses and parameters."
+    with suppress(InterruptedError):
+        fit(with_norms(name), dying(STEPS - 1), folder, checkpoint_every=1, trainer_options=TWO)
+    left, module = len(list(folder.glob("step-*.ckpt"))), with_norms(name)
+    history = fit(module, continuous(), folder, checkpoint_every=1, trainer_options=TWO)
+    return left, history["loss"].tolist(), dict(module.named_parameters())
+
+
+@dataclass(frozen=True)
+class Blind(Slices):
+    "Knows no rank."
+
+    def batch(self, step, epoch=0):
+        return torch.rand(8, 2, 1, 8, 8, generator=rng_for(0, "blind", step=step), dtype=torch.float64)
+
+
+def refusal(source):
+    try:
+        fit(exact("simclr"), source, trainer_options=TWO)
+    except ValueError as error:
+        return str(error)
+
+
 def main(folder):
-    kept = {}
+    kept = {"blind": refusal(Blind()), "resumed": killed_and_resumed("byol", folder / "resumed")}
     for name in OBJECTIVES:
         module = exact(name)
         kept[name] = fit(module, Slices(), trainer_options=TWO)["loss"].tolist(), module.state_dict()

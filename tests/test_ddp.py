@@ -1,10 +1,12 @@
 """Two gloo processes against one: no latent twice, the loss and the gradient of the whole batch, weights in step."""
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import ddp_ranks
+import pandas as pd
 import pytest
 import torch
 
@@ -65,6 +67,28 @@ def test_encoders_heads_targets_and_prototypes_are_the_same_everywhere(name, ran
     assert any(part in key for key in ours for part in ("target", "prototypes"))
 
 
+def test_killed_and_resumed_on_two_processes_is_uninterrupted(ranks):
+    for rank in ranks:
+        checkpoints, losses, parameters = rank["resumed"]
+        assert 0 < checkpoints < ddp_ranks.STEPS and losses == rank["byol-norms"][0]
+        assert not differing(parameters, rank["byol-norms"][1], rtol=0, atol=0)
+
+
+def test_a_source_that_knows_no_rank_is_refused(ranks):
+    for rank in ranks:
+        assert rank["blind"].startswith("all 2 processes were given the same views")
+
+
+def test_processes_of_a_notebook_bring_back_history_and_weights(ranks, tmp_path):
+    "Lightning forks them from the process that called `fit`, which has seen no step itself."
+    module = ddp_ranks.with_norms("swav")
+    history = fit(module, ddp_ranks.continuous(), tmp_path, trainer_options=ddp_ranks.TWO | {"strategy": "ddp_notebook"})
+    losses, parameters = ranks[0]["swav-norms"]
+    assert history["loss"].tolist() == losses and history["step"].tolist() == list(range(ddp_ranks.STEPS))
+    assert pd.read_csv(tmp_path / "history.csv").equals(history)
+    assert not differing(dict(module.named_parameters()), parameters, rtol=0, atol=0)
+
+
 def test_ranks_never_share_a_latent(ranks):
     anchors = [torch.cat(blocks, 1) for rank in ranks for blocks in rank["generator"]["anchors"]]
     rows = torch.cat(anchors)
@@ -91,3 +115,9 @@ def test_a_checkpoint_of_two_processes_is_taken_up_by_one(folder, ranks):
     history = fit(module, ddp_ranks.continuous(), folder / "swav", checkpoint_every=2)
     assert history["loss"].tolist() == pytest.approx(ranks[0]["swav-norms"][0])
     assert not differing(dict(module.named_parameters()), ranks[0]["swav-norms"][1], rtol=0, atol=0)
+
+
+def test_an_unfinished_run_of_two_processes_is_not_taken_up_by_one(folder, tmp_path):
+    shutil.copy(folder / "swav" / "step-00000002.ckpt", tmp_path)
+    with pytest.raises(ValueError, match="unfinished run of 2 processes, and this is one of 1"):
+        fit(ddp_ranks.with_norms("swav"), ddp_ranks.continuous(), tmp_path, checkpoint_every=2)
