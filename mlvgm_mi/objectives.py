@@ -54,7 +54,7 @@ def _whitened_cross(a: Tensor, b: Tensor, ridge: float) -> Tensor:
                          "raise the batch size or lower the projection's dimension")
     both = torch.cat([a, b], 1)
     centred = both - both.mean(0)
-    scaled = centred / centred.square().mean(0).sqrt().clamp_min(1e-6)
+    scaled = centred / centred.square().mean(0).clamp_min(1e-12).sqrt()
     moments = scaled.T @ scaled / n
     ridged = moments + ridge * torch.eye(2 * d, dtype=a.dtype, device=a.device)
     left, right = (torch.linalg.cholesky(block) for block in (ridged[:d, :d], ridged[d:, d:]))

@@ -229,6 +229,21 @@ def test_second_moments_need_a_batch_larger_than_both_views():
         emi(draw(6, 2, 3))
 
 
+@pytest.mark.parametrize("loss", [emi, emi_series])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_constant_coordinate_informs_of_nothing_and_is_pulled_nowhere(loss, dtype):
+    one_view, every_view = draw(2, 24, 3, 4).to(dtype)
+    one_view[:, 1, 2] = every_view[:, :, 2] = 0.25  # a mean without rounding: the variance is zero
+    for projections in (one_view, every_view):
+        loss(projections.requires_grad_()).backward()
+        assert projections.grad.isfinite().all()
+    assert one_view.grad[:, 1, 2].abs().max() == every_view.grad[:, :, 2].abs().max() == 0
+    others = every_view[..., [0, 1, 3]].detach().requires_grad_()
+    loss(others).backward()
+    torch.testing.assert_close(loss(every_view), loss(others))
+    torch.testing.assert_close(every_view.grad[..., [0, 1, 3]], others.grad, rtol=1e-4, atol=1e-6)
+
+
 def test_log_sum_form_survives_single_precision():
     many = torch.ones(256, 8, 4)
     assert mv_dhel(many, 0.1).item() == pytest.approx(8 * math.log(255) + 70 - math.log(28), rel=1e-5)
