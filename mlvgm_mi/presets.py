@@ -6,7 +6,7 @@
 __all__ = ['PAPER', 'SMALL', 'PRESETS', 'Preset', 'preset']
 
 # %% ../nbs/09a_presets.ipynb #82890fbc
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Mapping
 
 from .contrastive import OBJECTIVES, Objective, TrainConfig
@@ -34,6 +34,14 @@ class Preset:
         "The objective behind an encoder with so many features."
         return OBJECTIVES[self.objective](num_features, seed=seed, **self.options)
 
+    def loss_divided_by(self, factor: float) -> "Preset":
+        "The same training with a loss of one `factor`-th; `ValueError` unless the optimiser is SGD."
+        if self.optimiser != "sgd":
+            raise ValueError(f"optimiser={self.optimiser!r} has no such rule; set lr and weight_decay yourself")
+        if factor <= 0:
+            raise ValueError(f"factor={factor} must be positive; it is the other loss over this one")
+        return replace(self, lr=self.lr * factor, weight_decay=self.weight_decay / factor)
+
 
 def preset(scale: str, name: str) -> Preset:
     "The preset of a scale; `KeyError` listing the names there are."
@@ -45,10 +53,14 @@ def preset(scale: str, name: str) -> Preset:
 
 # %% ../nbs/09a_presets.ipynb #83c5e267
 PAPER: dict[str, Preset] = {
-    "simclr": Preset("simclr", 0.03, 224, warmup=0.0, encoder="resnet50", options={"temperature": 0.1}),
+    "simclr": Preset(
+        "simclr", 0.03, 224, warmup=0.0, final_lr=0.001, encoder="resnet50", options={"temperature": 0.1},
+    ).loss_divided_by(0.1 / 0.07),
     "simsiam": Preset("simsiam", 0.05, 1024, warmup=0.1, final_lr=0.1, encoder="resnet50"),
     "simsiam-stylegan2": Preset("simsiam", 0.05, 512, warmup=0.0, final_lr=0.1, encoder="resnet50"),
-    "byol": Preset("byol", 0.05, 512, warmup=0.0, final_lr=0.1, encoder="resnet50", options={"momentum": 0.996}),
+    "byol": Preset(
+        "byol", 0.05, 512, warmup=0.0, final_lr=0.1, encoder="resnet50", options={"momentum": 0.996},
+    ).loss_divided_by(4),
 }
 
 # %% ../nbs/09a_presets.ipynb #ce474681

@@ -66,7 +66,9 @@ def test_the_paper_profile_trains_as_the_papers_presets_for_a_stylegan2_do(objec
     profile = next(load_profile(path) for path in PROFILES if path.stem == "paper")
     steps, settings = profile.train["steps"], PAPER[preset]
     run = next(run for run in profile.encoders if run.objective == objective)
-    assert TrainConfig(**profile.train_for(run)) == settings.config(steps, profile.batch_size)
+    ours, theirs = TrainConfig(**profile.train_for(run)), settings.config(steps, profile.batch_size)
+    assert (ours.lr, ours.weight_decay) == pytest.approx((theirs.lr, theirs.weight_decay), rel=1e-5)
+    assert replace(ours, lr=theirs.lr, weight_decay=theirs.weight_decay) == theirs
     assert profile.options.get(objective, {}) == settings.options and profile.encoder == {"encoder": settings.encoder}
 
 

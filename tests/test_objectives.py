@@ -1,6 +1,7 @@
 """Losses of several views and the methods built on them: points of known value, a second derivation, symmetry, gradients."""
 import itertools
 import math
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -10,8 +11,9 @@ from torch import nn
 
 from mlvgm_mi.encoders import small_resnet
 from mlvgm_mi.latents import rng_for
-from mlvgm_mi.methods import BYOL, OBJECTIVES, EMI, BarlowTwins, Contrast, Objective, Projected, SimSiam, SwAV
+from mlvgm_mi.methods import BYOL, OBJECTIVES, EMI, BarlowTwins, Contrast, Objective, Projected, SimSiam, SwAV, encode_views
 from mlvgm_mi.objectives import cacr, check_projections, emi, emi_series, gathered, mv_dhel, mv_infonce, mv_infonce_cross, supcon
+from mlvgm_mi.presets import PAPER
 
 
 def draw(*shape, stream="projections"):
@@ -397,3 +399,81 @@ def test_emi_takes_the_series_as_its_loss():
     features = draw(24, 2, 16)
     series = EMI(16, projection=3, loss=partial(emi_series, terms=2)).double()
     torch.testing.assert_close(series(features), emi_series(series.project(features), 2))
+
+
+# the paper's presets: the published losses at the published rates, and ours at the presets'
+
+
+def published_simclr(objective, encoder, views):
+    "SupCon at temperature 0.1 with its base temperature left at 0.07."
+    u = nn.functional.normalize(objective.head(encode_views(encoder, views).flatten(0, 1)), dim=1)
+    scores = (u @ u.T / 0.1).fill_diagonal_(-math.inf)
+    rows = torch.arange(len(u))
+    return -(0.1 / 0.07) * scores.log_softmax(1)[rows, rows ^ 1].mean()
+
+
+def swapped_cosines(objective, encoder, views, targets):
+    "Of each view's prediction with the other view's target, `(B, 2)`."
+    predictions = objective.predictor(objective.head(encode_views(encoder, views).flatten(0, 1)))
+    pairs = (vectors.unflatten(0, views.shape[:2]) for vectors in (predictions, targets.detach()))
+    return nn.functional.cosine_similarity(next(pairs), next(pairs).flip(1), dim=2)
+
+
+def published_simsiam(objective, encoder, views):
+    "Minus the mean of both directions."
+    targets = objective.head(encode_views(encoder, views).flatten(0, 1))
+    return -swapped_cosines(objective, encoder, views, targets).mean(0).sum() / 2
+
+
+def published_byol(objective, encoder, views):
+    "The squared distance of unit vectors, summed over both directions."
+    targets = objective.target["head"](encode_views(objective.target["encoder"], views).flatten(0, 1))
+    return (2 - 2 * swapped_cosines(objective, encoder, views, targets)).sum(1).mean()
+
+
+PUBLISHED = {  # with the rate of the whole batch
+    "simclr": (published_simclr, 0.03 * 224 / 256),
+    "simsiam": (published_simsiam, 0.05 * 1024 / 256),
+    "simsiam-stylegan2": (published_simsiam, 0.05 * 512 / 256),
+    "byol": (published_byol, 0.05 * 512 / 256),
+}
+
+
+def weights_after_three_updates(name, loss, build_optimiser):
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(16, 8)).double()
+    nn.init.orthogonal_(encoder[1].weight, generator=rng_for(0, "encoder"))
+    nn.init.zeros_(encoder[1].bias)
+    objective = PAPER[name].build(8).double()
+    objective.attach(encoder)
+    both = nn.ModuleDict({"encoder": encoder, "objective": objective})
+    optimiser = build_optimiser(list(both.parameters()))
+    for step in range(3):
+        optimiser.zero_grad()
+        loss(objective, encoder, draw(6, 2, 1, 4, 4, stream=f"views/{step}")).backward()
+        optimiser.step()
+        objective.after_step(encoder, step + 1)
+    return dict(both.named_parameters())
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_presets_take_the_steps_of_the_published_losses(name):
+    loss, lr = PUBLISHED[name]
+
+    def published(parameters):  # weight decay leaves biases and norms alone, as everywhere in this package
+        groups = [{"params": p, "weight_decay": 1e-4 * (p.ndim > 1)} for p in parameters if p.requires_grad]
+        return torch.optim.SGD(groups, lr, momentum=0.9)
+
+    theirs = weights_after_three_updates(name, loss, published)
+    ours = weights_after_three_updates(name, type(PAPER[name].build(8)).step, PAPER[name].config(10).build_optimiser)
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_a_rescaled_preset_keeps_the_rest_and_is_for_sgd():
+    preset = PAPER["simsiam"]
+    twice = preset.loss_divided_by(2)
+    assert (twice.lr, twice.weight_decay) == (2 * preset.lr, preset.weight_decay / 2)
+    assert replace(twice, lr=preset.lr, weight_decay=preset.weight_decay) == preset
+    with pytest.raises(ValueError, match="optimiser='adamw'"):
+        replace(preset, optimiser="adamw").loss_divided_by(2)
+    with pytest.raises(ValueError, match="factor=0"):
+        preset.loss_divided_by(0)
