@@ -286,7 +286,10 @@ class BYOL(Projected):
         features: Tensor,  # of the encoder, (B, V, D)
         slow: Tensor,  # of the target encoder, (B, V, D)
     ) -> Tensor:
-        "Between -1 and 1; every process has its own part, their mean is the loss of the whole."
+        "Between -1 and 1; every process has its own part, their mean is the loss of the whole. `ValueError` for unlike shapes."
+        if slow.shape != features.shape:
+            raise ValueError(f"slow has shape {tuple(slow.shape)}, expected {tuple(features.shape)}, that of features: "
+                             "both encoders see the same views")
         predictions = _each_view(self.predictor, self.project(features))
         with torch.no_grad():
             targets = _each_view(self.target["head"], slow)

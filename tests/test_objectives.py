@@ -74,6 +74,20 @@ def reference_cacr(projections, attraction=1.0, repulsion=1.0, sharpness=(1.0, 0
     return attraction * pull - repulsion * push
 
 
+def reference_pairs(projections, tau, partner_below):
+    "SimCLR, or DCL without the partner in the denominator."
+    u, losses = unit(projections), []
+    n, v = projections.shape[:2]
+    for a, b in itertools.combinations(range(v), 2):
+        both = [u[i][view] for view in (a, b) for i in range(n)]
+        for k in range(2 * n):
+            partner = (k + n) % (2 * n)
+            others = [j for j in range(2 * n) if j != k and (partner_below or j != partner)]
+            below = sum(math.exp(dot(both[k], both[j]) / tau) for j in others)
+            losses.append(math.log(below) - dot(both[k], both[partner]) / tau)
+    return sum(losses) / len(losses)
+
+
 def reference_supcon(projections, labels, tau, factor):
     u = [view for views in unit(projections) for view in views]
     classes = [label for label in labels for _ in range(projections.shape[1])]
@@ -109,6 +123,58 @@ def reference_emi_series(projections, terms, ridge):
         squares = np.linalg.eigvals(left @ np.linalg.inv(ridged[d:, d:]) @ moments[d:, :d]).real
         values.append(sum((squares**m).sum() / m for m in range(1, terms + 1)) / 2)
     return -sum(values) / len(values)
+
+
+def reference_barlow_twins(projections, weight):
+    "The library's floor of 1e-5 under the variances."
+    z, values = projections.numpy(), []
+    for a, b in itertools.combinations(range(z.shape[1]), 2):
+        first, second = ((x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5) for x in (z[:, a], z[:, b]))
+        correlation = first.T @ second / len(z)
+        diagonal = np.diag(correlation)
+        values.append(((1 - diagonal) ** 2).sum() + weight * ((correlation**2).sum() - (diagonal**2).sum()))
+    return sum(values) / len(values)
+
+
+def reference_vicreg(projections):
+    "The library's floor of 1e-4 under the variances; spread is a mean of both views, covariance a sum, as published."
+    z, values = projections.numpy(), []
+    for a, b in itertools.combinations(range(z.shape[1]), 2):
+        moments = [np.cov(z[:, view], rowvar=False) for view in (a, b)]
+        spread = [np.maximum(0, 1 - np.sqrt(np.diag(m) + 1e-4)).mean() for m in moments]
+        together = [((m**2).sum() - (np.diag(m) ** 2).sum()) / len(m) for m in moments]
+        values.append(25 * ((z[:, a] - z[:, b]) ** 2).mean() + 25 * sum(spread) / 2 + sum(together))
+    return sum(values) / len(values)
+
+
+def codes(scores, epsilon=0.05):
+    "Three rounds of balancing: prototypes get equal shares of the batch, then every vector one assignment."
+    shares = [[math.exp(s / epsilon) for s in row] for row in scores]
+    for _ in range(3):
+        totals = [sum(column) for column in zip(*shares)]
+        shares = [[s / total for s, total in zip(row, totals)] for row in shares]
+        shares = [[s / sum(row) for s in row] for row in shares]
+    return shares
+
+
+def reference_swav(projections, prototypes, tau, assigned=None):
+    "Codes of `assigned`, by default of the same projections."
+    n, v = projections.shape[:2]
+    scores, known = ([[[dot(vector, c) for c in prototypes] for vector in views] for views in unit(z)]
+                     for z in (projections, projections if assigned is None else assigned))
+    loss = 0.0
+    for a, b in itertools.permutations(range(v), 2):
+        for i, code in enumerate(codes([views[a] for views in known])):
+            guess = softmax([s / tau for s in scores[i][b]])
+            loss -= sum(q * math.log(p) for q, p in zip(code, guess)) / (n * v * (v - 1))
+    return loss
+
+
+def reference_prediction(predictions, targets):
+    "Minus the cosine of each view's prediction with each other view's target."
+    p, t = unit(predictions), unit(targets)
+    pairs = list(itertools.permutations(range(predictions.shape[1]), 2))
+    return -sum(dot(p[i][a], t[i][b]) for i in range(len(p)) for a, b in pairs) / (len(p) * len(pairs))
 
 
 LABELS = [0, 1, 0, 2, 1, 2, 0, 0, 1, 2, 2, 1]
@@ -261,36 +327,143 @@ def make(name, features=16, seed=0):
     return OBJECTIVES[name](features, seed=seed, **OPTIONS.get(name, {}))
 
 
-def loss_of(objective, features):
-    "Also for an objective with a target, which sees the same features."
+def perturb(module):
+    rng = rng_for(0, "perturbed")
+    with torch.no_grad():
+        for p in module.parameters():
+            p += 0.3 * torch.randn(p.shape, generator=rng, dtype=p.dtype)
+
+
+def ready(objective):
+    "In double precision, with a target, if any, that is not the head it was copied from."
+    objective.double().attach(nn.Identity())
     if isinstance(objective, BYOL):
-        objective.attach(nn.Identity())
-        return objective.double()(features, features)
-    return objective.double()(features)
+        perturb(objective.target)
+    return objective
+
+
+def loss_of(objective, features, slow=None):
+    "Also for an objective with a target, whose encoder sees something else."
+    if isinstance(objective, BYOL):
+        return objective(features, features.sin() if slow is None else slow)
+    return objective(features)
+
+
+def through(head, vectors):
+    "A head on `(B, V, D)` layer by layer; the moments of its norms are those of all `B * V` vectors."
+    flat = vectors.flatten(0, 1)
+    for layer in head.layers:
+        if isinstance(layer, nn.Linear):
+            flat = flat @ layer.weight.T + (0 if layer.bias is None else layer.bias)
+        elif isinstance(layer, nn.BatchNorm1d):
+            flat = (flat - flat.mean(0)) / ((flat - flat.mean(0)).square().mean(0) + layer.eps).sqrt()
+            flat = flat * layer.weight + layer.bias if layer.affine else flat
+        else:
+            flat = flat * (flat > 0)
+    return flat.detach().unflatten(0, vectors.shape[:2])
+
+
+def swav_by_hand(swav, projections, assigned=None):
+    return reference_swav(projections, swav.prototypes.heads[0].weight.tolist(), 0.2, assigned)
+
+
+METHODS = {  # options other than the defaults; the loss of projections, and for BYOL of the target encoder's features
+    "simclr": (dict(projection=5, temperature=0.3), lambda o, z, slow: reference_pairs(z, 0.3, partner_below=True)),
+    "dcl": (dict(projection=5, temperature=0.3), lambda o, z, slow: reference_pairs(z, 0.3, partner_below=False)),
+    "mvinfonce": (dict(projection=5, temperature=0.3), lambda o, z, slow: reference_mv_infonce(z, 0.3, same_view=True)),
+    "mvdhel": (dict(projection=5, temperature=0.3), lambda o, z, slow: reference_mv_dhel(z, 0.3)),
+    "supcon": (dict(projection=5, temperature=0.3), lambda o, z, slow: reference_supcon(z, range(len(z)), 0.3, factor=1.0)),
+    "cacr": (dict(projection=5), lambda o, z, slow: reference_cacr(z)),
+    "barlowtwins": (dict(projection=5, weight=0.02), lambda o, z, slow: reference_barlow_twins(z, 0.02)),
+    "vicreg": (dict(projection=5), lambda o, z, slow: reference_vicreg(z)),
+    "emi": (dict(projection=3), lambda o, z, slow: reference_emi(z, ridge=1e-3)),
+    "swav": (dict(projection=5, prototypes=7, temperature=0.2), lambda o, z, slow: swav_by_hand(o, z)),
+    "simsiam": ({}, lambda o, z, slow: reference_prediction(through(o.predictor, z), z)),
+    "byol": ({}, lambda o, z, slow: reference_prediction(through(o.predictor, z), through(o.target["head"], slow))),
+}
+
+
+@every_method
+@pytest.mark.parametrize("views", [2, 3])
+def test_methods_are_their_formulas_behind_their_heads(name, views):
+    options, by_hand = METHODS[name]
+    objective, features, slow = ready(OBJECTIVES[name](4, **options)), draw(7, views, 4), draw(7, views, 4, stream="slow")
+    expected = by_hand(objective, through(objective.head, features), slow)
+    assert loss_of(objective, features, slow).item() == pytest.approx(expected, rel=1e-10)
+
+
+def test_byol_predicts_what_target_encoder_and_target_head_make_of_the_other_views():
+    encoder, byol, views = nn.Sequential(nn.Flatten(), nn.Linear(16, 4)).double(), BYOL(4).double(), draw(5, 3, 1, 4, 4)
+    byol.attach(encoder)
+    perturb(byol.target)
+    features, slow = (views.flatten(2) @ linear.weight.T + linear.bias for linear in (encoder[1], byol.target["encoder"][1]))
+    predictions = through(byol.predictor, through(byol.head, features))
+    expected = reference_prediction(predictions, through(byol.target["head"], slow))
+    assert byol.step(encoder, views).item() == pytest.approx(expected, rel=1e-10)
+
+
+def test_byols_two_networks_see_the_same_views():
+    byol = ready(BYOL(4))
+    with pytest.raises(ValueError, match=r"slow has shape \(1, 2, 4\), expected \(5, 2, 4\)"):
+        byol(draw(5, 2, 4), draw(1, 2, 4))
+
+
+def test_methods_where_every_vector_is_the_same():
+    b, v, d, tau = 5, 3, 4, 0.3
+    known = {
+        "simclr": math.log(2 * b - 1), "dcl": math.log(2 * b - 2), "mvinfonce": math.log((b * v - 1) / (v - 1)),
+        "mvdhel": v * math.log(b - 1) + (v - 1) / tau - math.log(v * (v - 1) / 2), "supcon": math.log(b * v - 1),
+        "cacr": 0, "barlowtwins": d, "vicreg": 25 * (1 - 0.01), "emi": 0, "swav": math.log(7), "simsiam": -1, "byol": -1,
+    }
+    for name in OBJECTIVES:
+        objective = OBJECTIVES[name](d, **METHODS[name][0] | (dict(projection=d) if name == "swav" else {}))
+        objective.head = objective.predictor = nn.Identity()
+        if name == "swav":
+            nn.init.ones_(objective.prototypes.heads[0].weight)  # and prototypes too
+        objective.double().attach(nn.Identity())
+        equal = torch.ones(b if name != "emi" else 9, v, d, dtype=torch.float64)
+        assert loss_of(objective, equal, equal).item() == pytest.approx(known[name], abs=1e-9), name
 
 
 @every_method
 @pytest.mark.parametrize("views", [2, 4])
 def test_methods_do_not_know_the_order_of_views_or_instances(name, views):
     features, order = draw(24, views, 16), torch.randperm(24, generator=rng_for(0, "order"))
-    value = loss_of(make(name), features)
+    value = loss_of(ready(make(name)), features)
     assert value.ndim == 0 and value.isfinite()
-    torch.testing.assert_close(loss_of(make(name), features.flip(1)), value)
-    torch.testing.assert_close(loss_of(make(name), features[order]), value)
+    torch.testing.assert_close(loss_of(ready(make(name)), features.flip(1)), value)
+    torch.testing.assert_close(loss_of(ready(make(name)), features[order]), value)
 
 
-@pytest.mark.parametrize("name", sorted(set(OBJECTIVES) - {"swav", "byol", "simsiam"}))
+@pytest.mark.parametrize("name", sorted(set(OBJECTIVES) - {"swav", "simsiam"}))
 def test_gradients_through_heads(name):
-    objective = make(name, 4).double()
-    direct = lambda features: objective.compare(features) if name != "supcon" else supcon(features)  # noqa: E731
-    assert torch.autograd.gradcheck(direct, draw(8, 3, 3).requires_grad_())
+    objective, slow = ready(OBJECTIVES[name](4, **METHODS[name][0])), draw(7, 3, 4, stream="slow")
+    assert torch.autograd.gradcheck(lambda features: loss_of(objective, features, slow), draw(7, 3, 4).requires_grad_())
+
+
+@pytest.mark.parametrize("name", ["swav", "simsiam"])
+def test_gradients_through_heads_see_targets_that_stand_still(name):
+    "Central differences of the second derivation, whose targets stay those of the point."
+    objective, features = ready(OBJECTIVES[name](4, **METHODS[name][0])), draw(5, 3, 4).requires_grad_()
+    objective(features).backward()
+    targets = through(objective.head, features)
+
+    def value(moved):
+        z = through(objective.head, moved)
+        if name == "swav":
+            return swav_by_hand(objective, z, targets)
+        return reference_prediction(through(objective.predictor, z), targets)
+
+    steps = 1e-6 * torch.eye(features.numel(), dtype=torch.float64).view(-1, *features.shape)
+    numeric = torch.tensor([(value(features + step) - value(features - step)) / 2e-6 for step in steps], dtype=torch.float64)
+    torch.testing.assert_close(features.grad.flatten(), numeric, rtol=1e-5, atol=1e-8)
 
 
 @every_method
 @pytest.mark.parametrize("shape, message", [((1, 2, 16), "B=1"), ((8, 1, 16), "V=1"), ((8, 16), r"\(B, V, D\)")])
 def test_methods_name_bad_batches(name, shape, message):
     with pytest.raises(ValueError, match=message):
-        loss_of(make(name), draw(*shape))
+        loss_of(ready(make(name)), draw(*shape))
 
 
 @every_method
@@ -337,29 +510,21 @@ def test_targets_carry_no_gradient():
     assert features.grad.abs().max() == 0
 
 
-def test_simsiam_of_two_views_is_the_formula():
-    features = draw(8, 2, 16)
-    simsiam = SimSiam(16).double()
-    z = simsiam.project(features)
-    p = simsiam.predictor(z.flatten(0, 1)).unflatten(0, (8, 2))
-    cosine = lambda a, b: (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))  # noqa: E731
-    expected = -(cosine(p[:, 0], z[:, 1]) + cosine(p[:, 1], z[:, 0])).mean() / 2
-    torch.testing.assert_close(simsiam(features), expected)
-
-
 def test_byols_target_is_an_average_over_time_and_learns_nothing_itself():
     encoder, byol = small_resnet(width=4), BYOL(32, momentum=0.9)
     byol.attach(encoder)
-    slow = byol.target["encoder"].body[0].weight
-    expected = slow.clone()
+    pairs = [(encoder.body[0].weight, byol.target["encoder"].body[0].weight),
+             (byol.head.layers[0].weight, byol.target["head"].layers[0].weight)]
+    expected = [slow.clone() for _, slow in pairs]
     byol.step(encoder, torch.rand(4, 2, 1, 16, 16)).backward()
     assert all(p.grad is None for p in byol.target.parameters())
     for step in range(3):
         with torch.no_grad():
-            encoder.body[0].weight += 1
+            for fast, _ in pairs:
+                fast += 1
         byol.after_step(encoder, step)
-        expected = 0.9 * expected + 0.1 * encoder.body[0].weight
-    torch.testing.assert_close(slow, expected.detach())
+        expected = [0.9 * mean + 0.1 * fast.detach() for mean, (fast, _) in zip(expected, pairs)]
+    torch.testing.assert_close([slow for _, slow in pairs], expected)
     assert byol.target.training and not any(p.requires_grad for p in byol.target.parameters())
     with pytest.raises(ValueError, match="momentum=1.5"):
         BYOL(32, momentum=1.5)
