@@ -113,7 +113,7 @@ class _Wrapper(IterableDataset):
     source: ViewSource
 
     def set_epoch(self, epoch: int) -> None:
-        "Chooses the epoch of the next iteration."
+        "Chooses the epoch of the next pass."
         self.source.set_epoch(epoch)
 
     def batch(self, step: int, epoch: int = 0) -> Tensor:
@@ -124,7 +124,7 @@ class _Wrapper(IterableDataset):
         return len(self.source)
 
     def __iter__(self) -> Iterator[Tensor]:
-        return map(self.batch, loader_steps(len(self)), repeat(self.source.epoch))
+        return map(self.batch, loader_steps(len(self)), repeat(self.source.begin_pass()))
 
     def identity(self) -> Any:
         "That of the source: the batches are the same."

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from .data import ImageSet
 from .generators.core import Generator, device_of
 from .latents import rng_for
+from .passes import Passes
 from .perturb import Perturb
 
 # %% ../nbs/08_views.ipynb #16b61bdb
@@ -189,7 +190,8 @@ class Identified:
 class ViewSource(Identified, IterableDataset):
     """Base class: batches `(B, V, C, H, W)`, floats in `[0, 1]`, that depend on seed, epoch, step and rank alone.
 
-    Use with `view_loader`, and call `set_epoch` before each epoch. `ValueError` for fewer than two anchors or views.
+    Use with `view_loader`. Every pass is the next epoch, unless `set_epoch` has chosen another. `ValueError` for fewer than two
+    anchors or views.
     """
     augment: Augmentation
     batch_size: int = 256  # B, anchors in a batch, on each rank
@@ -202,7 +204,7 @@ class ViewSource(Identified, IterableDataset):
 
     def __post_init__(self):
         _check_plan(self)
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._passes = Passes()
 
     def draw(self, step: int, epoch: int) -> Tensor:
         "The views of batch `step` before augmentation, `(B, V, C, H, W)`."
@@ -234,18 +236,22 @@ class ViewSource(Identified, IterableDataset):
 
     @property
     def epoch(self) -> int:
-        "The epoch of the next iteration."
-        return int(self._epoch)
+        "The epoch of the next pass."
+        return self._passes.next
 
     def set_epoch(self, epoch: int) -> None:
-        "Chooses the epoch of the next iteration, also in workers that are running already."
-        self._epoch.fill_(epoch)
+        "Chooses the epoch of the next pass, also in workers that are running already. `ValueError` if it is negative."
+        self._passes.set(epoch)
+
+    def begin_pass(self) -> int:
+        "Begins a pass, as `iter` does by itself; its epoch, which is the same in all workers of a loader."
+        return self._passes.begin()
 
     def __len__(self) -> int:
         return self.steps_per_epoch
 
     def __iter__(self) -> Iterator[Tensor]:
-        return map(self.batch, loader_steps(len(self)), repeat(self.epoch))
+        return map(self.batch, loader_steps(len(self)), repeat(self.begin_pass()))
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | dict(zip(("rank", "world_size"), self.place()))
@@ -272,7 +278,7 @@ def view_loader(
     source: ViewSource,
     workers: int = 0,  # processes that make batches; 0: none but this one
 ) -> DataLoader:
-    "The batches of `source`, in order, the same for any number of workers."
+    "The batches of `source`, in order, the same for any number of workers; each pass is the next epoch."
     return DataLoader(source, batch_size=None, num_workers=workers, persistent_workers=workers > 0)
 
 # %% ../nbs/08_views.ipynb #d9c837ad

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
+import lightning
 import pandas as pd
 import pytest
 import torch
@@ -124,8 +125,8 @@ def test_replayed_batches_do_not_depend_on_what_came_before(replays):
     batches = list(source)
     for step in (4, 0, 3, 1):
         assert torch.equal(make().batch(step, epoch=2), batches[step]) and torch.equal(source.batch(step, 2), batches[step])
-    loader = view_loader(source, workers=2)
-    assert all(map(torch.equal, loader, batches))
+    source.set_epoch(2)
+    assert all(torch.equal(*pair) for pair in zip(view_loader(source, workers=2), batches, strict=True))
 
 
 def test_replayed_anchors_of_ranks_seeds_and_epochs_are_apart():
@@ -253,6 +254,51 @@ def test_workers_of_a_loader_share_the_steps(workers, started):
             assert all(torch.equal(batch, source.batch(step, epoch)) for step, batch in enumerate(made))
 
 
+@pytest.mark.parametrize("loaded", [iter, partial(view_loader, workers=0), partial(view_loader, workers=2)],
+                         ids=["plain", "loader", "workers"])
+def test_passes_over_what_is_prefetched_are_epochs(worker, loaded):
+    source = continuous()
+    with Prefetched(source, worker=worker) as ahead:
+        for epoch in (0, 1, 2):
+            made = list(loaded(ahead))
+            assert len(made) == 5 and all(torch.equal(batch, source.batch(step, epoch)) for step, batch in enumerate(made))
+
+
+def test_nothing_is_made_twice_or_in_vain_from_pass_to_pass():
+    source, asked = continuous(), []
+    original = source.draw
+    source.draw = lambda step, epoch: (asked.append((step, epoch)), original(step, epoch))[1]
+    with Prefetched(source, ahead=2) as ahead:
+        batches = [*ahead, *ahead]
+    made = [(step, epoch) for epoch in (0, 1) for step in range(5)]
+    assert len(batches) == 10 and asked[:10] == made and set(asked[10:]) <= {(0, 2), (1, 2)}
+
+
+class Watching(lightning.LightningModule):
+    "Keeps what it is trained on."
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.seen = torch.nn.Parameter(torch.zeros(())), []
+
+    def training_step(self, views, step):
+        self.seen.append(views)
+        return self.weight * views.mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_trainer_that_knows_of_no_epochs_is_served_new_batches(workers):
+    source, module = continuous(), Watching()
+    options = dict(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    lightning.Trainer(max_epochs=3, **options).fit(module, view_loader(source, workers))
+    expected = [source.batch(step, epoch) for epoch in range(3) for step in range(5)]
+    assert len(module.seen) == 15 and all(map(torch.equal, module.seen, expected))
+
+
 def test_batches_are_brought_to_a_device():
     with Prefetched(continuous(), device="meta") as ahead:
         assert ahead.batch(0).device.type == "meta"
@@ -309,6 +355,15 @@ def test_later_epochs_augment_what_was_decoded_anew(tmp_path):
     assert not torch.equal(flat.batch(2, 0), Recorded.of(continuous(), tmp_path).batch(2, 1))
     with pytest.raises(ValueError, match="epochs=0 must be at least 1"):
         Recorded.of(source, tmp_path, epochs=0)
+
+
+def test_passes_are_recorded_epoch_by_epoch_or_augmented_anew(tmp_path):
+    every, one = Recorded.of(continuous(), tmp_path / "every"), Recorded.of(continuous(), tmp_path / "one", epochs=1)
+    passes = {stream: [torch.stack(list(stream)) for _ in range(2)] for stream in (every, one)}
+    assert not torch.equal(*passes[every]) and torch.equal(*passes[one])
+    assert [len(list(stream.folder.glob("*.npy"))) for stream in (every, one)] == [10, 5]
+    flipped = replace(one, augment=AUGMENTATIONS["no_color"])
+    assert not torch.equal(*(torch.stack(list(flipped)) for _ in range(2)))
 
 
 def test_ranks_keep_files_of_their_own(tmp_path):

@@ -1,4 +1,5 @@
 "Streams that never meet, batches that do not depend on who draws them, and augmentations that treat every image apart."
+import copy
 import itertools
 import math
 import pickle
@@ -9,10 +10,13 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
+from mlvgm_mi import passes as passes_module
 from mlvgm_mi import views as module
 from mlvgm_mi.generators.core import Generator, LinearGaussian, check_generator
 from mlvgm_mi.latents import Block, Layout, rng_for
+from mlvgm_mi.passes import Passes
 from mlvgm_mi.perturb import Additive, Perturb, Resample, single
 from mlvgm_mi.views import (
     AUGMENTATIONS, Augmentation, ColorJitter, ContinuousViews, FixedViews, Grayscale, HorizontalFlip, RandomResizedCrop,
@@ -200,6 +204,138 @@ def test_impossible_settings_are_named(settings, problem):
     for make in (SOURCES["continuous"], SOURCES["real"]):
         with pytest.raises(ValueError, match=problem):
             make(**settings)
+
+
+# passes: which epoch is served to whom was not told
+
+def same(drawn, expected):
+    return all(torch.equal(*pair) for pair in zip(drawn, expected, strict=True))
+
+
+def of_epoch(source, epoch):
+    return [source.batch(step, epoch) for step in range(len(source))]
+
+
+KINDS = {
+    "alone": {}, "anew": dict(num_workers=2), "kept": dict(num_workers=2, persistent_workers=True),
+    "spawned, kept": dict(num_workers=2, multiprocessing_context="spawn", persistent_workers=True),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_pass_is_the_next_epoch_or_the_one_that_was_set(kind):
+    source = continuous()
+    loader = DataLoader(source, batch_size=None, **KINDS[kind])
+    assert same(loader, of_epoch(source, 0)) and same(loader, of_epoch(source, 1)) and source.epoch == 2
+    source.set_epoch(1)
+    assert same(loader, of_epoch(source, 1)) and same(loader, of_epoch(source, 2))
+    assert same(DataLoader(source, batch_size=None, **KINDS[kind]), of_epoch(source, 3))
+
+
+def test_stored_sources_go_on_as_well(make):
+    source = make()
+    assert same(source, of_epoch(source, 0)) and same(source, of_epoch(source, 1))
+
+
+def test_loaders_of_all_sizes_follow_one_another():
+    source = continuous()
+    kept, one = view_loader(source, workers=2), view_loader(source, workers=1)
+    for epoch, loader in enumerate([source, one, one, kept, one, view_loader(source, workers=2), kept, source]):
+        assert same(loader, of_epoch(source, epoch))
+
+
+@pytest.mark.parametrize("kind", ["alone", "anew", "kept"])
+def test_a_pass_that_is_broken_off_has_begun(kind):
+    source = continuous()
+    loader = DataLoader(source, batch_size=None, **KINDS[kind])
+    assert torch.equal(next(iter(loader)), source.batch(0, 0))
+    assert same(loader, of_epoch(source, 1))
+    source.set_epoch(0)
+    assert torch.equal(next(iter(loader)), source.batch(0, 0))
+    source.set_epoch(0)
+    assert same(loader, of_epoch(source, 0))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda source: pickle.loads(pickle.dumps(source))], ids=["copied", "pickled"])
+def test_a_copy_goes_its_own_way_and_its_workers_hear_of_epochs(copied):
+    source = continuous()
+    source.set_epoch(3)
+    other = copied(source)
+    loader = view_loader(other, workers=2)
+    assert same(loader, of_epoch(source, 3))
+    other.set_epoch(7)
+    assert same(loader, of_epoch(source, 7)) and source.epoch == 3
+
+
+def rank_epochs(passes, sent):
+    "What a rank sees whose workers start before it chooses an epoch."
+    loader = DataLoader(Told(passes), batch_size=None, num_workers=1, persistent_workers=True)
+    seen = [*loader, *loader]
+    passes.set(5)
+    sent.put([*seen, *loader, *loader])
+
+
+class Told(torch.utils.data.IterableDataset):
+    "Gives the epoch of each pass."
+
+    def __init__(self, passes):
+        self.passes = passes
+
+    def __iter__(self):
+        return iter([self.passes.begin()])
+
+
+@pytest.mark.parametrize("start, n", [("fork", 2), ("spawn", 1)])
+def test_ranks_that_share_a_source_count_for_themselves(start, n):
+    context, passes = torch.multiprocessing.get_context(start), Passes()
+    passes.begin()
+    sent = context.Queue()
+    ranks = [context.Process(target=rank_epochs, args=(passes, sent)) for _ in range(n)]
+    for rank in ranks:
+        rank.start()
+    assert [sent.get(timeout=300) for _ in ranks] == [[1, 2, 5, 6]] * n and passes.next == 1
+    for rank in ranks:
+        rank.join()
+
+
+class Pool:
+    "Workers of a loader that begin their passes when the test says so."
+
+    def __init__(self, passes, n, monkeypatch):
+        self.copies, self.patch = [copy.copy(passes) for _ in range(n)], monkeypatch
+
+    def begin(self, *workers):
+        return [self._begin(worker) for worker in workers]
+
+    def _begin(self, worker):
+        info = SimpleNamespace(id=worker, num_workers=len(self.copies))
+        with self.patch.context() as patch:
+            patch.setattr(passes_module, "get_worker_info", lambda: info)
+            return self.copies[worker].begin()
+
+
+def test_a_worker_that_starts_late_is_not_led_astray(monkeypatch):
+    passes = Passes()
+    passes.set(4)
+    pool = Pool(passes, 3, monkeypatch)
+    assert pool.begin(0) == [4]  # a look at a batch, while the others are being started
+    passes.set(4)
+    assert pool.begin(2, 1) == [4, 4] and pool.begin(1, 0, 2) == [4, 4, 4] and pool.begin(0, 1, 2) == [5, 5, 5]
+    passes.set(0)
+    assert passes.begin() == 0 and pool.begin(2, 0, 1) == [1, 1, 1]
+
+
+def test_a_worker_may_be_a_pass_behind(monkeypatch):
+    pool = Pool(Passes(), 2, monkeypatch)
+    assert pool.begin(0, 0) == [0, 1] and pool.begin(1, 1) == [0, 1] and pool.begin(1, 0) == [2, 2]
+
+
+def test_what_cannot_be_numbered_is_named(monkeypatch):
+    with pytest.raises(ValueError, match="epoch=-1 must lie between 0"):
+        continuous().set_epoch(-1)
+    assert Pool(Passes(), 128, monkeypatch).begin(127, 0) == [0, 0]
+    with pytest.raises(ValueError, match="num_workers=129 are too many .* at most 128"):
+        Pool(Passes(), 129, monkeypatch).begin(0)
 
 
 # stored sources
