@@ -259,8 +259,8 @@ def _name(source: ViewSource) -> str:
 class Recorded(ViewSource):
     """The batches of `source`, rounded to bytes and kept in `folder`, one file each; whoever comes second reads.
 
-    `ValueError` if not even one epoch is to be decoded, if rows or views are not those of the source, or if the folder holds
-    the batches of another source.
+    `ValueError` if not even one epoch is to be decoded, if rows, views, seed or rank are not those of the source, or if the
+    folder holds the batches of another source.
     """
     source: ViewSource
     folder: Path | str = field(kw_only=True)  # for this source, seed and batch size alone
@@ -275,6 +275,9 @@ class Recorded(ViewSource):
             raise ValueError(f"batch_size={self.batch_size} and views={self.views}, but the source that is recorded has "
                              f"{self.source.batch_size} and {self.source.views}; change the source and record it in a folder "
                              "of its own, and to mix, mix first and record the mixture")
+        if (own := self.draws_as()) != (its := self.source.draws_as()):
+            raise ValueError(f"the recording has {own}, but its source draws with {its}; change the source and record that, as in "
+                             f"Recorded.of(replace(source, {own}), folder)")
         self._checked = False
 
     @classmethod

@@ -226,6 +226,10 @@ class ViewSource(Identified, IterableDataset):
             return distributed.get_rank(), distributed.get_world_size()
         return self.rank, self.world_size
 
+    def draws_as(self) -> str:
+        "Seed, rank and world size: what all parts of a source have to agree in, in the words of Python."
+        return "seed={}, rank={}, world_size={}".format(self.seed, *self.place())
+
     def to(self, device: str | torch.device) -> "ViewSource":
         "Moves what makes the batches, in place: once for each rank, before training. What is stored stays where it is."
         return self
@@ -425,7 +429,8 @@ def _chunk_stream(name: str, seed: int, chunk: int, device: torch.device) -> tor
 class MixedViews(ViewSource):
     """Batches whose first rows come from `real` and whose last rows come from `generated`; made by `mixed`.
 
-    `ValueError` unless both have as many views as the mixture, images of one shape, and `batch_size` rows together.
+    `ValueError` unless both have the views, seed, rank and world size of the mixture, images of one shape, and `batch_size` rows
+    together.
     """
     real: ViewSource
     generated: ViewSource
@@ -465,7 +470,7 @@ def mixed(
     """Batches of `real.batch_size`, a `share` of them generated; all other settings are those of `real`.
 
     `TypeError` for what is no `ViewSource`, as `Prefetched`. `ValueError` for a share that leaves one of the two fewer
-    than two rows, for a source that has one batch size only, and if numbers of views or shapes of images differ.
+    than two rows, for a source that has one batch size only, and if numbers of views, seeds, ranks or shapes of images differ.
     """
     for name, source in {"real": real, "generated": generated}.items():
         if not isinstance(source, ViewSource):
@@ -494,6 +499,10 @@ def _check_parts(mixture: MixedViews) -> None:
     if real.batch_size + generated.batch_size != mixture.batch_size:
         raise ValueError(f"batch_size={mixture.batch_size}, but real gives {real.batch_size} rows and generated "
                          f"{generated.batch_size}; change all three together by with_batch_size")
+    for name, part in {"real": real, "generated": generated}.items():
+        if (its := part.draws_as()) != (same := mixture.draws_as()):
+            raise ValueError(f"{name} draws with {its}, the mixture with {same}; mix parts that agree, as in "
+                             f"mixed(replace(real, {same}), replace(generated, {same}), share)")
     if real.image_shape and generated.image_shape:
         _check_shapes(real.image_shape, generated.image_shape)
 

@@ -469,6 +469,15 @@ def test_a_recording_keeps_the_size_it_has(tmp_path):
     assert recorded.with_batch_size(8).batch_size == 8
 
 
+@pytest.mark.parametrize("change", [dict(seed=1), dict(rank=1, world_size=2), dict(world_size=2)])
+def test_a_recording_has_the_seed_and_rank_of_its_source(tmp_path, change):
+    recorded = Recorded.of(continuous(), tmp_path)
+    with pytest.raises(ValueError, match=r"its source draws with seed=0, rank=0, world_size=1; .*Recorded.of\(replace"):
+        replace(recorded, **change)
+    with pytest.raises(ValueError, match="generated draws with seed=0, rank=0, world_size=1, the mixture"):
+        mixed(stored(**change), Recorded.of(continuous(batch_size=2), tmp_path), 0.25)
+
+
 def test_a_recording_of_the_size_it_takes_can_be_mixed(tmp_path):
     drawn = mixed(stored(), continuous(batch_size=2), 0.25)
     for name, source in {"part": mixed(stored(), Recorded.of(continuous(batch_size=2), tmp_path / "part"), 0.25),

@@ -454,6 +454,38 @@ def test_a_mix_of_one_thing_is_refused(share, problem):
         mixed(SOURCES["real"](), continuous(), share)
 
 
+def places():
+    return [dict(seed=seed, rank=rank, world_size=2) for seed in (0, 1) for rank in (0, 1)]
+
+
+def test_mixtures_of_seeds_and_ranks_share_no_rows():
+    mixtures = [mixed(SOURCES["real"](batch_size=8, **place), continuous(**place), 0.5) for place in places()]
+    drawn = rows(mixture.draw(step, epoch)[4:] for mixture in mixtures for step in (0, 1) for epoch in (0, 1))
+    assert len(set(drawn)) == len(drawn) == 4 * 4 * 4
+
+
+@pytest.mark.parametrize("change", [dict(seed=1), dict(rank=1, world_size=2), dict(world_size=2)])
+def test_parts_that_draw_as_another_seed_or_rank_would_are_refused(change):
+    for real, generated in (({}, change), (change, {})):
+        with pytest.raises(ValueError, match="generated draws with seed=.*mix parts that agree"):
+            mixed(SOURCES["real"](**real), continuous(**generated), 0.5)
+    parts = SOURCES["real"](), continuous()
+    with pytest.raises(ValueError, match="real draws with seed=0, rank=0, world_size=1, the mixture with") as refused:
+        replace(mixed(*parts, 0.5), **change)
+    way_out = str(refused.value).split("as in ")[1]  # runs as it stands
+    anew = eval(way_out, dict(mixed=mixed, replace=replace, real=parts[0], generated=parts[1], share=0.5))
+    assert anew.draws_as() == anew.generated.draws_as() == continuous(**change).draws_as()
+    assert torch.equal(anew.draw(0, 0)[8:], continuous(batch_size=8, **change).draw(0, 0))
+
+
+def test_a_process_group_makes_ranks_agree(monkeypatch):
+    monkeypatch.setattr(module.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(module.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(module.distributed, "get_world_size", lambda: 2)
+    both = mixed(SOURCES["real"](rank=1, world_size=2), continuous(), 0.5)
+    assert torch.equal(both.draw(0, 0)[8:], continuous(batch_size=8, rank=1, world_size=2).draw(0, 0))
+
+
 def test_a_mix_of_pairs_and_triples_is_refused():
     with pytest.raises(ValueError, match="real has 2 views of an anchor, generated 3"):
         mixed(SOURCES["real"](), continuous(views=3), 0.5)
@@ -522,7 +554,7 @@ def test_a_mixture_of_another_size_keeps_its_share(share, rows_):
 
 
 def test_mixtures_are_mixed():
-    thirds = mixed(SOURCES["real"](batch_size=24), mixed(SOURCES["real"](seed=1, batch_size=20), continuous(), 0.5), 2 / 3)
+    thirds = mixed(SOURCES["real"](batch_size=24), mixed(SOURCES["fixed"](batch_size=20), continuous(), 0.5), 2 / 3)
     assert thirds.batch(0).shape == (24, 2, 1, 2, 8)
     assert (thirds.real.batch_size, thirds.generated.real.batch_size, thirds.generated.generated.batch_size) == (8, 8, 8)
     assert torch.equal(thirds.draw(0, 0)[16:], continuous(batch_size=8).draw(0, 0))
