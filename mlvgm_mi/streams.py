@@ -6,6 +6,7 @@
 __all__ = ['Replayed', 'in_thread', 'in_process', 'Prefetched', 'Recorded']
 
 # %% ../nbs/08b_streams.ipynb #c4e6bccb
+import multiprocessing
 import os
 import threading
 import weakref
@@ -80,8 +81,15 @@ def _hold(source: ViewSource) -> None:
 
 
 def _hold_alone(source: ViewSource, threads: int) -> None:
+    threading.Thread(target=_end_with_parent, name="parent's end", daemon=True).start()
     torch.set_num_threads(threads)
     _hold(source)
+
+
+def _end_with_parent() -> None:
+    "A parent that is killed tells nobody; whoever waits for its work would wait for ever, and keep its memory."
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _make(step: int, epoch: int, device: torch.device | str | None) -> Tensor:
@@ -98,7 +106,7 @@ def in_process(
     source: ViewSource,  # of importable classes, if the process is spawned
     start: str = "spawn",  # method of `multiprocessing`; "fork" is quick, but not safe with CUDA or several threads
 ) -> Executor:
-    "One process of its own that makes batches of `source`, with as many threads as torch has here."
+    "One process of its own that makes batches of `source`, with as many threads as torch has here; it ends when this one does."
     context = torch.multiprocessing.get_context(start)
     return ProcessPoolExecutor(1, context, _hold_alone, (source, torch.get_num_threads()))
 

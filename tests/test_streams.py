@@ -3,13 +3,19 @@ import copy
 import gc
 import os
 import pickle
+import signal
+import subprocess
+import sys
 import threading
+import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import lightning
 import pandas as pd
+import psutil
 import pytest
 import torch
 
@@ -211,6 +217,44 @@ def test_a_dead_worker_is_reported_not_waited_for():
         for _ in range(2):
             with pytest.raises(RuntimeError, match="the worker that makes batches has died"):
                 ahead.batch(0)
+
+
+KILLED = """
+import os, signal, sys, torch
+from mlvgm_mi.streams import in_process
+from mlvgm_mi.views import AUGMENTATIONS, RealViews
+
+if __name__ == "__main__":
+    images = torch.zeros(8, 1, 4, 4, dtype=torch.uint8)
+    executor = in_process(RealViews(images, augment=AUGMENTATIONS["none"], batch_size=4), sys.argv[1])
+    print(executor.submit(os.getpid).result(), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def ended(pid):
+    "Whether a process is gone, or waits for nothing but to be buried."
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_a_worker_does_not_outlive_a_parent_that_is_killed(tmp_path, start):
+    (tmp_path / "killed.py").write_text(KILLED)
+    with open(tmp_path / "pid", "w") as out, open(tmp_path / "log", "w") as log:  # pipes would be waited for until all is over
+        done = subprocess.run([sys.executable, tmp_path / "killed.py", start], stdout=out, stderr=log)
+    assert done.returncode == -signal.SIGKILL, (tmp_path / "log").read_text()
+    worker = int((tmp_path / "pid").read_text())
+    try:
+        deadline = time.monotonic() + 60
+        while not ended(worker):
+            assert time.monotonic() < deadline, f"process {worker} is still there"
+            time.sleep(0.1)
+    finally:
+        if not ended(worker):
+            os.kill(worker, signal.SIGKILL)
 
 
 def prefetchers():
