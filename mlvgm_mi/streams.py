@@ -241,15 +241,15 @@ class Prefetched(_Wrapper):
 
 # %% ../nbs/08b_streams.ipynb #b0c2da9c
 def _belongs(folder: Path, source: ViewSource) -> bool:
-    "Puts the name of `source` into an empty folder, and refuses one with another name."
+    "Puts the name of `source` into a folder without batches, and refuses one with another name."
     mark, name = folder / "source.txt", _name(source)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not mark.exists() and not any(folder.glob("[0-9]*-*-*.npy")):
+        with atomic_path(mark) as temporary:
+            temporary.write_text(name)
     if mark.exists() and mark.read_text() != name:
         raise ValueError(f"{folder} holds the batches of another source (generator, perturbation, seed, batch size or views "
                          "differ); give this one a folder of its own, or delete the old one")
-    folder.mkdir(parents=True, exist_ok=True)
-    if not any(folder.iterdir()):
-        with atomic_path(mark) as temporary:
-            temporary.write_text(name)
     return True
 
 
@@ -305,7 +305,8 @@ class Recorded(ViewSource):
     def draw(self, step: int, epoch: int) -> Tensor:
         "The views of a batch, read or drawn."
         epoch = epoch if self.epochs is None else epoch % self.epochs
-        path = Path(self.folder) / f"{self.place()[0]}-{epoch}-{step:06d}.npy"
+        rank, world_size = self.place()  # what is stored is shared out among ranks: other rows for another number of them
+        path = Path(self.folder) / f"{rank}{f'of{world_size}' if world_size > 1 else ''}-{epoch}-{step:06d}.npy"
         self._checked = self._checked or _belongs(path.parent, self.source)
         if not path.exists():
             _keep(path, (self.source.draw(step, epoch) * 255).round().to("cpu", torch.uint8))

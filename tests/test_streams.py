@@ -415,6 +415,16 @@ def test_ranks_keep_files_of_their_own(tmp_path):
     assert not torch.equal(*batches) and len(list(tmp_path.glob("*.npy"))) == 2
 
 
+@pytest.mark.parametrize("make", [lambda **place: stored(**place), lambda **place: mixed(stored(**place), continuous(**place), 0.25)],
+                         ids=["stored", "mixed"])
+def test_other_numbers_of_ranks_keep_files_of_their_own(tmp_path, make):
+    for world_size in (1, 2, 3, 1):
+        source = make(world_size=world_size)
+        drawn = (source.draw(1, 0) * 255).round() / 255
+        torch.testing.assert_close(Recorded.of(source, tmp_path).batch(1), drawn, atol=1e-6, rtol=0)
+    assert sorted(path.name for path in tmp_path.glob("*.npy")) == ["0-0-000001.npy", "0of2-0-000001.npy", "0of3-0-000001.npy"]
+
+
 def test_an_interrupted_batch_leaves_no_file(tmp_path):
     with pytest.raises(ArithmeticError):
         Recorded.of(continuous(Failing()), tmp_path).batch(0)
@@ -542,6 +552,14 @@ def test_a_folder_of_another_source_is_refused(tmp_path, other, step):
     with pytest.raises(ValueError, match="holds the batches of another source .*a folder of its own"):
         Recorded.of(continuous(**other), tmp_path).batch(step)
     assert len(list(tmp_path.glob("*.npy"))) == 1
+
+
+@pytest.mark.parametrize("other", [".gitkeep", ".DS_Store", "images.npy"])
+def test_a_folder_with_other_files_in_it_gets_its_name(tmp_path, other):
+    (tmp_path / other).touch()
+    Recorded.of(continuous(), tmp_path).batch(1)
+    with pytest.raises(ValueError, match="holds the batches of another source"):
+        Recorded.of(continuous(seed=1), tmp_path).batch(1)
 
 
 @pytest.mark.parametrize("same", [dict(steps_per_epoch=4), dict(augment=AUGMENTATIONS["no_color"]), dict(rank=1, world_size=2)])
