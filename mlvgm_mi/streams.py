@@ -25,7 +25,7 @@ from torch.utils.data import IterableDataset
 
 from .cells import described, digest
 from .checkpoints import atomic_path
-from .views import ContinuousViews, ViewSource, draw_views, loader_steps
+from .views import ContinuousViews, ViewSource, draw_views, draws_as, loader_steps
 
 # %% ../nbs/08b_streams.ipynb #14eb27c4
 @dataclass(eq=False)
@@ -132,7 +132,7 @@ class _Wrapper(IterableDataset):
         return len(self.source)
 
     def __iter__(self) -> Iterator[Tensor]:
-        return map(self.batch, loader_steps(len(self)), repeat(self.source.begin_pass()))
+        return map(self.batch, loader_steps(len(self)), repeat(self.source.passes.begin()))
 
     def identity(self) -> Any:
         "That of the source: the batches are the same."
@@ -240,6 +240,16 @@ class Prefetched(_Wrapper):
         self.close()
 
 # %% ../nbs/08b_streams.ipynb #b0c2da9c
+def _check_same(recording: ViewSource, source: ViewSource) -> None:
+    if (recording.batch_size, recording.views) != (source.batch_size, source.views):
+        raise ValueError(f"batch_size={recording.batch_size} and views={recording.views}, but the source that is recorded has "
+                         f"{source.batch_size} and {source.views}; change the source and record it in a folder of its own, and "
+                         "to mix, mix first and record the mixture")
+    if (own := draws_as(recording)) != (its := draws_as(source)):
+        raise ValueError(f"the recording has {own}, but its source draws with {its}; change the source and record that, as in "
+                         f"Recorded.of(replace(source, {own}), folder)")
+
+
 def _belongs(folder: Path, source: ViewSource) -> bool:
     "Puts the name of `source` into a folder without batches, and refuses one with another name."
     mark, name = folder / "source.txt", _name(source)
@@ -279,13 +289,7 @@ class Recorded(ViewSource):
         super().__post_init__()
         if self.epochs is not None and self.epochs < 1:
             raise ValueError(f"epochs={self.epochs} must be at least 1; None decodes every epoch")
-        if (self.batch_size, self.views) != (self.source.batch_size, self.source.views):
-            raise ValueError(f"batch_size={self.batch_size} and views={self.views}, but the source that is recorded has "
-                             f"{self.source.batch_size} and {self.source.views}; change the source and record it in a folder "
-                             "of its own, and to mix, mix first and record the mixture")
-        if (own := self.draws_as()) != (its := self.source.draws_as()):
-            raise ValueError(f"the recording has {own}, but its source draws with {its}; change the source and record that, as in "
-                             f"Recorded.of(replace(source, {own}), folder)")
+        _check_same(self, self.source)
         self._checked = False
 
     @classmethod

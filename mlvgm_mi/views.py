@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['AUGMENTATIONS', 'Operation', 'RandomResizedCrop', 'HorizontalFlip', 'Grayscale', 'ColorJitter', 'Augmentation',
-           'Identified', 'ViewSource', 'loader_steps', 'view_loader', 'RealViews', 'draw_views', 'ContinuousViews',
-           'FixedViews', 'MixedViews', 'mixed']
+           'Identified', 'ViewSource', 'draws_as', 'loader_steps', 'view_loader', 'RealViews', 'draw_views',
+           'ContinuousViews', 'FixedViews', 'MixedViews', 'mixed']
 
 # %% ../nbs/08_views.ipynb #d46810ac
 import math
@@ -204,7 +204,7 @@ class ViewSource(Identified, IterableDataset):
 
     def __post_init__(self):
         _check_plan(self)
-        self._passes = Passes()
+        self.passes = Passes()
 
     def draw(self, step: int, epoch: int) -> Tensor:
         "The views of batch `step` before augmentation, `(B, V, C, H, W)`."
@@ -226,10 +226,6 @@ class ViewSource(Identified, IterableDataset):
             return distributed.get_rank(), distributed.get_world_size()
         return self.rank, self.world_size
 
-    def draws_as(self) -> str:
-        "Seed, rank and world size: what all parts of a source have to agree in, in the words of Python."
-        return "seed={}, rank={}, world_size={}".format(self.seed, *self.place())
-
     def to(self, device: str | torch.device) -> "ViewSource":
         "Moves what makes the batches, in place: once for each rank, before training. What is stored stays where it is."
         return self
@@ -241,21 +237,17 @@ class ViewSource(Identified, IterableDataset):
     @property
     def epoch(self) -> int:
         "The epoch of the next pass."
-        return self._passes.next
+        return self.passes.next
 
     def set_epoch(self, epoch: int) -> None:
         "Chooses the epoch of the next pass, also in workers that are running already. `ValueError` if it is negative."
-        self._passes.set(epoch)
-
-    def begin_pass(self) -> int:
-        "Begins a pass, as `iter` does by itself; its epoch, which is the same in all workers of a loader."
-        return self._passes.begin()
+        self.passes.set(epoch)
 
     def __len__(self) -> int:
         return self.steps_per_epoch
 
     def __iter__(self) -> Iterator[Tensor]:
-        return map(self.batch, loader_steps(len(self)), repeat(self.begin_pass()))
+        return map(self.batch, loader_steps(len(self)), repeat(self.passes.begin()))
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | dict(zip(("rank", "world_size"), self.place()))
@@ -268,6 +260,11 @@ def _check_plan(source: ViewSource) -> None:
             raise ValueError(f"{name}={value} must be at least {low}; contrast needs 2 anchors with 2 views each")
     if not 0 <= source.rank < source.world_size:
         raise ValueError(f"rank={source.rank} must lie between 0 and world_size - 1 = {source.world_size - 1}")
+
+
+def draws_as(source: ViewSource) -> str:
+    "Seed, rank and world size of a source, as its parts need to have them, in the words of Python."
+    return "seed={}, rank={}, world_size={}".format(source.seed, *source.place())
 
 
 def loader_steps(
@@ -500,7 +497,7 @@ def _check_parts(mixture: MixedViews) -> None:
         raise ValueError(f"batch_size={mixture.batch_size}, but real gives {real.batch_size} rows and generated "
                          f"{generated.batch_size}; change all three together by with_batch_size")
     for name, part in {"real": real, "generated": generated}.items():
-        if (its := part.draws_as()) != (same := mixture.draws_as()):
+        if (its := draws_as(part)) != (same := draws_as(mixture)):
             raise ValueError(f"{name} draws with {its}, the mixture with {same}; mix parts that agree, as in "
                              f"mixed(replace(real, {same}), replace(generated, {same}), share)")
     if real.image_shape and generated.image_shape:

@@ -20,7 +20,7 @@ from mlvgm_mi.passes import Passes
 from mlvgm_mi.perturb import Additive, Perturb, Resample, single
 from mlvgm_mi.views import (
     AUGMENTATIONS, Augmentation, ColorJitter, ContinuousViews, FixedViews, Grayscale, HorizontalFlip, RandomResizedCrop,
-    RealViews, ViewSource, draw_views, loader_steps, mixed, view_loader,
+    RealViews, ViewSource, draw_views, draws_as, loader_steps, mixed, view_loader,
 )
 
 NONE = AUGMENTATIONS["none"]
@@ -474,7 +474,7 @@ def test_parts_that_draw_as_another_seed_or_rank_would_are_refused(change):
         replace(mixed(*parts, 0.5), **change)
     way_out = str(refused.value).split("as in ")[1]  # runs as it stands
     anew = eval(way_out, dict(mixed=mixed, replace=replace, real=parts[0], generated=parts[1], share=0.5))
-    assert anew.draws_as() == anew.generated.draws_as() == continuous(**change).draws_as()
+    assert draws_as(anew) == draws_as(anew.generated) == draws_as(continuous(**change))
     assert torch.equal(anew.draw(0, 0)[8:], continuous(batch_size=8, **change).draw(0, 0))
 
 
