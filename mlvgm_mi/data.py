@@ -113,10 +113,17 @@ class Splits:
     test: ImageSet
 
     def labelled(self, count: int) -> "Splits":
-        "The same with the first `count` training images, or all if there are fewer; `ValueError` if `count` is not positive."
+        """The same with `count` training images, or all if there are fewer; `ValueError` if `count` is not positive.
+
+        They are the first ones if those have an example of every class; if not, as in sets that are stored class by class, each
+        class gives its share (to within one image), always the same ones.
+        """
         if count < 1:
             raise ValueError(f"{count=} must be positive, so that there is something to learn from")
-        return replace(self, train=self.train.subset(slice(count)))
+        labels, chosen = self.train.labels, slice(count)
+        if len(labels[chosen].unique()) < len(labels.unique()):
+            chosen = stratified_split(labels, count, rng_for(0, "labelled"))[0]
+        return replace(self, train=self.train.subset(chosen))
 
     def for_tuning(self) -> "Splits":
         "The same with the validation images in place of the test images, which have no say in settings."

@@ -173,11 +173,26 @@ def test_settings_are_chosen_without_the_test_images(three_parts):
     assert pixels(three_parts.test) == [8, 9, 10, 11]
 
 
-@pytest.mark.parametrize(("count", "left"), [(1, [0]), (3, [0, 1, 2]), (4, [0, 1, 2, 3]), (50, [0, 1, 2, 3])])
-def test_few_labels_are_the_first_of_training(three_parts, count, left):
+@pytest.mark.parametrize(("count", "left"), [(2, [0, 1]), (3, [0, 1, 2]), (4, [0, 1, 2, 3]), (50, [0, 1, 2, 3])])
+def test_few_labels_are_the_first_of_training_if_those_show_every_class(three_parts, count, left):
     few = three_parts.labelled(count)
     assert pixels(few.train) == left and few.train.labels.tolist() == [pixel % 2 for pixel in left]
     assert (few.val, few.test) == (three_parts.val, three_parts.test)
+
+
+@pytest.mark.parametrize("count", [30, 50, 79])
+def test_few_labels_of_a_set_that_is_stored_class_by_class_are_of_all_classes(three_parts, count):
+    labels = torch.tensor([0] * 50 + [1] * 30 + [2] * 20)
+    whole = ImageSet(torch.arange(100, dtype=torch.uint8).view(100, 1, 1, 1), labels, ("a", "b", "c"))
+    few, again = (Splits(whole, three_parts.val, three_parts.test).labelled(count).train for _ in range(2))
+    assert len(few) == count and pixels(few) == sorted(set(pixels(few))) and pixels(few) == pixels(again)
+    assert few.labels.tolist() == labels[pixels(few)].tolist()
+    assert (few.labels.bincount(minlength=3) - count * torch.tensor([0.5, 0.3, 0.2])).abs().max() <= 1
+
+
+def test_the_labels_of_the_experiments_are_still_the_first():
+    digits = load_digits()
+    assert torch.equal(digits.labelled(1000).train.images, digits.train.images[:1000])
 
 
 @pytest.mark.parametrize("count", [0, -1])
