@@ -4,14 +4,17 @@
 
 # %% auto #0
 __all__ = ['Labelled', 'DECAYS', 'NEIGHBOURS', 'SHARES', 'features', 'ProbeResult', 'SoftmaxRegression', 'linear_probe',
-           'sgd_probe', 'knn', 'few_labels', 'few_label_probe', 'judge', 'judge_layers', 'transfer', 'Interval',
-           'confidence_interval', 'paired_difference', 'alignment_uniformity', 'effective_rank', 'geometry']
+           'SGDResult', 'sgd_probe', 'augmented_features', 'knn', 'few_labels', 'few_label_probe', 'check_splits',
+           'probe_rows', 'judge', 'judge_layers', 'transfer', 'Interval', 'confidence_interval', 'paired_difference',
+           'alignment_uniformity', 'effective_rank', 'geometry']
 
 # %% ../nbs/10_evaluate.ipynb #6f71a461
+import copy
 import math
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Iterator, Mapping, Sequence
+from typing import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -22,6 +25,7 @@ from tqdm import tqdm
 
 from .data import ImageSet, Splits, stratified_split
 from .latents import rng_for
+from .views import Augmentation
 
 # %% ../nbs/10_evaluate.ipynb #b8efbea7
 def features(
@@ -34,8 +38,9 @@ def features(
     if images.ndim != 4 or not len(images):
         raise ValueError(f"images has shape {tuple(images.shape)}, expected (N, C, H, W) with N of at least 1")
     like = next((p for p in encoder.parameters() if p.is_floating_point()), torch.empty(0, device=images.device))
+    parts = tqdm(images.split(batch), desc="features", leave=False, disable=None)
     with _frozen(encoder):
-        blocks = [encoder(_floats(part).to(like)).float().cpu() for part in _parts(images, batch)]
+        blocks = [encoder(_floats(part).to(like)).float().cpu() for part in parts]
     found = torch.cat(blocks)
     if found.shape[:1] != images.shape[:1] or found.ndim != 2:
         raise ValueError(f"encoder gave {tuple(found.shape)} for {len(images)} images, expected (N, D); flatten it")
@@ -47,25 +52,16 @@ def features(
 def _floats(images: Tensor) -> Tensor:
     return images if images.is_floating_point() else images.float() / 255
 
-
-def _parts(images: Tensor, batch: int) -> Iterator[Tensor]:
-    return iter(tqdm(images.split(batch), desc="features", leave=False, disable=None))
-
 # %% ../nbs/10_evaluate.ipynb #eaeaf67f
-class _frozen:
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
     "Inside: eval mode, no gradients. Outside: every module in the mode in which it was."
-
-    def __init__(self, module: nn.Module):
-        self.modes = {part: part.training for part in module.modules()}
-        self.module, self.inference = module, torch.inference_mode()
-
-    def __enter__(self) -> None:
-        self.module.eval()
-        self.inference.__enter__()
-
-    def __exit__(self, *error) -> None:
-        self.inference.__exit__(*error)
-        for part, mode in self.modes.items():
+    modes = {part: part.training for part in module.modules()}
+    try:
+        with torch.inference_mode():
+            yield module.eval()
+    finally:
+        for part, mode in modes.items():
             part.training = mode
 
 # %% ../nbs/10_evaluate.ipynb #f2853a5d
@@ -84,18 +80,23 @@ def _check_labelled(**splits: Labelled) -> None:
     widths = {name: x.shape[-1] for name, (x, _) in splits.items()}
     for name, (x, y) in splits.items():
         if x.ndim != 2 or y.shape != x.shape[:1] or not len(x):
-            raise ValueError(
-                f"{name} has features {tuple(x.shape)} and labels {tuple(y.shape)}, expected (N, D) and (N,), N > 0"
-            )
+            raise ValueError(f"{name} has features {tuple(x.shape)} and labels {tuple(y.shape)}, expected (N, D) and (N,), N > 0")
         if not x.isfinite().all():
             raise ValueError(f"{name} has features that are not finite; look at the images, and whether the training diverged")
         if y.dtype != torch.int64 or y.min() < 0:
             raise ValueError(f"{name} has labels of type {y.dtype} from {y.min().item()} on, expected int64 from 0")
     if len(set(widths.values())) > 1:
         raise ValueError(f"splits have features of different widths {widths}; compute them with the same encoder")
-    unseen = set(splits["val"][1].tolist()) - set(splits["train"][1].tolist())
-    if unseen:
-        raise ValueError(f"val has classes {sorted(unseen)} of which train has no example; split by class")
+    _check_classes(**{name: y for name, (_, y) in splits.items()})
+
+
+def _check_classes(**labels: Tensor) -> None:
+    known = set(labels["train"].tolist())
+    for name, found in labels.items():
+        if not len(found):
+            raise ValueError(f"{name} has no images; give it some")
+        if unseen := sorted(set(found.tolist()) - known):
+            raise ValueError(f"{name} has classes {unseen} of which train has no example; split by class, or give it more")
 
 # %% ../nbs/10_evaluate.ipynb #02684037
 def _softmax_loss(v: Tensor, z: Tensor, y: Tensor, penalty: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,18 +181,34 @@ def linear_probe(
     return ProbeResult(best, model.accuracy(*test), decay)
 
 # %% ../nbs/10_evaluate.ipynb #25507c4b
+@dataclass(frozen=True)
+class SGDResult(ProbeResult):
+    "The last epoch; `top5` counts the five highest scores, `best` is the epoch of lowest validation loss; `choice` is an epoch."
+    top5: ProbeResult
+    best: ProbeResult
+
+
+def _scored(layer: nn.Linear, val: Labelled, test: Labelled, epoch: int, k: int = 1) -> ProbeResult:
+    "Shares of samples whose class is among the `k` highest scores."
+    top = lambda x: layer(x).topk(min(k, layer.out_features)).indices
+    with torch.no_grad():
+        return ProbeResult(*(float((top(x) == y[:, None]).any(1).double().mean()) for x, y in (val, test)), float(epoch))
+
+# %% ../nbs/10_evaluate.ipynb #f01085b5
 def sgd_probe(
-    train: Labelled,
-    val: Labelled,  # scored, but nothing is chosen by it
+    train: Labelled | Callable[[int], Labelled],  # or epoch -> what it learns from, as of `augmented_features`
+    val: Labelled,  # chooses the epoch of `best`, nothing else
     test: Labelled,
     epochs: int = 60,
     lr: float = 30.0,
     batch: int = 256,
     seed: int = 0,  # of the first weights and of the order of the samples
-) -> ProbeResult:
-    "Linear probe as in arXiv 2501.13718 (its code, `evaluations/classification`); `choice` is the number of epochs."
-    _check_labelled(train=train, val=val, test=test)
-    x, y = train
+) -> SGDResult:
+    "Linear probe as in arXiv 2501.13718 (its code, `evaluations/classification`). `ValueError` for shapes that do not fit."
+    if epochs < 1:
+        raise ValueError(f"{epochs=} must be at least 1")
+    x, y = train(0) if callable(train) else train
+    _check_labelled(train=(x, y), val=val, test=test)
     rng = rng_for(seed, "sgd-probe")
     layer = nn.Linear(x.shape[1], int(y.max()) + 1).to(x)
     with torch.no_grad():
@@ -199,15 +216,35 @@ def sgd_probe(
         layer.bias.zero_()
     optimiser = torch.optim.SGD(layer.parameters(), lr, momentum=0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs, eta_min=lr / 10)
-    for _ in tqdm(range(epochs), desc="SGD probe", leave=False, disable=None):
+    lowest, best = math.inf, (layer, epochs)
+    for epoch in tqdm(range(epochs), desc="SGD probe", leave=False, disable=None):
+        x, y = train(epoch) if epoch and callable(train) else (x, y)
         for index in torch.randperm(len(y), generator=rng).split(batch):
             optimiser.zero_grad()
             nn.functional.cross_entropy(layer(x[index]), y[index]).backward()
             optimiser.step()
         schedule.step()
-    score = lambda split: float((layer(split[0]).argmax(1) == split[1]).double().mean())
-    with torch.no_grad():
-        return ProbeResult(score(val), score(test), float(epochs))
+        loss = nn.functional.cross_entropy(layer(val[0]), val[1]).item()
+        if loss < lowest:
+            lowest, best = loss, (copy.deepcopy(layer), epoch + 1)
+    last, (kept, chosen) = _scored(layer, val, test, epochs), best
+    return SGDResult(last.val, last.test, last.choice, _scored(layer, val, test, epochs, 5), _scored(kept, val, test, chosen))
+
+# %% ../nbs/10_evaluate.ipynb #6df473d5
+def augmented_features(
+    encoder: nn.Module,  # (B, C, H, W) in [0, 1] -> (B, D)
+    images: ImageSet,
+    augment: Augmentation,  # the paper's is `AUGMENTATIONS["no_color"]`
+    seed: int = 0,
+    batch: int = 1000,  # images at a time; another number is another draw
+) -> Callable[[int], Labelled]:
+    "A function of the epoch: features and classes of images that are augmented anew, by `rng_for` of seed and epoch."
+    def of_epoch(epoch: int) -> Labelled:
+        rng = rng_for(seed, "sgd-probe/augment", epoch=epoch)
+        parts = torch.arange(len(images)).split(batch)
+        return torch.cat([features(encoder, augment(images.floats(part), rng)) for part in parts]), images.labels
+
+    return of_epoch
 
 # %% ../nbs/10_evaluate.ipynb #7f2bec2a
 NEIGHBOURS = (1, 5, 20, 50, 200)
@@ -277,6 +314,27 @@ def few_label_probe(
 SHARES = {"linear_1pct": 0.01, "linear_10pct": 0.1}
 
 
+def check_splits(
+    splits: Splits,
+    seed: int = 0,  # of the draws of few labels
+    shares: Mapping[str, float] = SHARES,  # name -> share of the labels
+) -> None:
+    "Raises the `ValueError` of `judge`, without an encoder: no images, a class that train lacks, a share that leaves one out."
+    _check_classes(**{name: part.labels for name, part in vars(splits).items()})
+    for share in shares.values():
+        few_labels(splits.train.labels, share, seed=seed)
+
+
+def probe_rows(
+    results: Mapping[str, Sequence[ProbeResult]],  # name of a probe -> its draws
+    dataset: str,  # its name in the frame
+) -> pd.DataFrame:
+    "Columns probe, dataset, split (val, test), accuracy in `[0, 1]`, the mean over draws."
+    mean = lambda draws, split: float(np.mean([getattr(draw, split) for draw in draws]))
+    rows = [(probe, dataset, split, mean(draws, split)) for probe, draws in results.items() for split in ("val", "test")]
+    return pd.DataFrame(rows, columns=["probe", "dataset", "split", "accuracy"])
+
+
 def judge(
     encoder: nn.Module,  # (B, C, H, W) in [0, 1] -> (B, D)
     splits: Splits,
@@ -284,22 +342,12 @@ def judge(
     seed: int = 0,  # of the draws of few labels
     shares: Mapping[str, float] = SHARES,  # name -> share of the labels
 ) -> pd.DataFrame:
-    """Columns probe, dataset, split (val, test), accuracy in `[0, 1]`; few-label probes are means over their draws.
-
-    `ValueError`, before anything is computed, for a share that leaves a class without an example.
-    """
-    for share in shares.values():
-        few_labels(splits.train.labels, share, seed=seed)
-    parts = {name: getattr(splits, name) for name in ("train", "val", "test")}
-    data = {name: (features(encoder, part), part.labels) for name, part in parts.items()}
+    "`probe_rows` of the linear probe, the nearest neighbours and few labels. Raises what `check_splits` does, before any work."
+    check_splits(splits, seed, shares)
+    data = {name: (features(encoder, part), part.labels) for name, part in vars(splits).items()}
     results = {"linear": [linear_probe(**data)], "knn": [knn(**data)]}
     results |= {name: few_label_probe(**data, share=share, seed=seed) for name, share in shares.items()}
-    rows = [
-        (probe, dataset, split, float(np.mean([getattr(draw, split) for draw in draws])))
-        for probe, draws in results.items()
-        for split in ("val", "test")
-    ]
-    return pd.DataFrame(rows, columns=["probe", "dataset", "split", "accuracy"])
+    return probe_rows(results, dataset)
 
 # %% ../nbs/10_evaluate.ipynb #2177a857
 def judge_layers(
@@ -310,12 +358,9 @@ def judge_layers(
     shares: Mapping[str, float] = SHARES,
 ) -> pd.DataFrame:
     "`judge` of every layer; probes of the layer `head` are called `head_linear`, `head_knn`..., those of the layer `''` as ever."
-    frames = [
-        frame.assign(probe=[f"{name}_{probe}".removeprefix("_") for probe in frame.probe])
-        for name, layer in layers.items()
-        for frame in [judge(layer, splits, dataset, seed, shares)]
-    ]
-    return pd.concat(frames, ignore_index=True)
+    frames = {name: judge(layer, splits, dataset, seed, shares) for name, layer in layers.items()}
+    named = [frame.assign(probe=(f"{name}_" if name else "") + frame.probe) for name, frame in frames.items()]
+    return pd.concat(named, ignore_index=True)
 
 
 def transfer(

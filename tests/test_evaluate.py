@@ -12,10 +12,12 @@ from torch import nn
 from mlvgm_mi import evaluate
 from mlvgm_mi.data import ImageSet, Splits, load_digits
 from mlvgm_mi.evaluate import (
-    Interval, ProbeResult, SoftmaxRegression, alignment_uniformity, confidence_interval, effective_rank, features,
-    few_label_probe, geometry, judge, judge_layers, knn, linear_probe, paired_difference, sgd_probe, transfer,
+    Interval, ProbeResult, SoftmaxRegression, alignment_uniformity, augmented_features, check_splits, confidence_interval,
+    effective_rank, features, few_label_probe, geometry, judge, judge_layers, knn, linear_probe, paired_difference, sgd_probe,
+    transfer,
 )
 from mlvgm_mi.latents import rng_for
+from mlvgm_mi.views import AUGMENTATIONS
 
 
 def draw(*shape, stream="x"):
@@ -197,6 +199,7 @@ def test_features_without_information_give_chance(probe, data):
         (dict(test=(torch.ones(0, 6), torch.ones(0).long())), "test has features"),
         (dict(test=(torch.ones(5, 7), torch.ones(5).long())), "different widths.*'test': 7"),
         (dict(val=(torch.ones(5, 6), torch.full((5,), 9))), r"val has classes \[9\]"),
+        (dict(test=(torch.ones(5, 6), torch.full((5,), 9))), r"test has classes \[9\]"),
     ],
 )
 def test_data_that_do_not_fit_are_named(probe, change, message, data):
@@ -308,6 +311,38 @@ def test_judge_asks_for_both_shares_by_default(monkeypatch):
     monkeypatch.setattr(evaluate, "few_label_probe", lambda share, **_: asked.append(share) or [ProbeResult(0, 0, 0)])
     frame = judge(Pooled(), splits, "digits")
     assert asked == [0.01, 0.1] and set(frame.probe) == {"linear", "knn", "linear_1pct", "linear_10pct"}
+
+
+class Costly(nn.Module):
+    "An encoder that is not to be run."
+
+    def forward(self, images):
+        pytest.fail("features were computed")
+
+
+def part(*labels):
+    return ImageSet(torch.zeros(len(labels), 1, 4, 4, dtype=torch.uint8), torch.tensor(labels, dtype=torch.int64), tuple("abc"))
+
+
+@pytest.mark.parametrize("splits, shares, message", [
+    (Splits(part(0, 1, 0, 1), part(0, 1), part(0, 1)), {"linear_10pct": 0.1}, "share=0.1 of 4 labels is 0 for 2 classes"),
+    (Splits(part(0, 1), part(0, 1, 2), part(0)), {}, r"val has classes \[2\] of which train has no example"),
+    (Splits(part(0, 1), part(0, 1), part(2, 1, 2)), {}, r"test has classes \[2\] of which train has no example"),
+    (Splits(part(), part(0), part(0)), {}, "train has no images"),
+    (Splits(part(0, 1), part(), part(0)), {}, "val has no images"),
+    (Splits(part(0, 1), part(0), part()), {}, "test has no images"),
+])
+def test_what_cannot_be_judged_is_known_without_an_encoder(splits, shares, message):
+    with pytest.raises(ValueError, match=message):
+        check_splits(splits, shares=shares)
+    with pytest.raises(ValueError, match=message):
+        judge(Costly(), splits, "toy", shares=shares)
+
+
+def test_what_can_be_judged_passes_the_check_and_the_usual_shares_are_asked_for():
+    check_splits(load_digits(), shares={"linear_10pct": 0.1})
+    with pytest.raises(ValueError, match="share=0.01 of 2 labels"):
+        check_splits(Splits(part(0, 1), part(0), part(0)))
 
 
 # intervals
@@ -455,6 +490,69 @@ def test_the_sgd_probe_reaches_the_convex_solution_and_its_seed_decides_the_rest
 def test_the_sgd_probe_checks_its_shapes(data):
     with pytest.raises(ValueError, match="splits have features of different widths"):
         sgd_probe(data["train"], (data["val"][0][:, :3], data["val"][1]), data["test"])
+
+
+def test_the_sgd_probe_learns_from_the_features_of_every_epoch(data):
+    x, y = data["train"]
+    asked = []
+
+    def of_epoch(epoch):
+        asked.append(epoch)
+        return x if epoch == 0 else -x, y
+
+    one = sgd_probe(of_epoch, data["val"], data["test"], epochs=6, lr=0.1)
+    assert asked == [0, 1, 2, 3, 4, 5]
+    assert one != sgd_probe(**data, epochs=6, lr=0.1) == sgd_probe(lambda _: (x, y), data["val"], data["test"], epochs=6, lr=0.1)
+    negative = {split: (-x, y) for split, (x, y) in data.items() if split != "train"}
+    assert one.test < 0.3 < 0.6 < sgd_probe(of_epoch, **negative, epochs=6, lr=0.1).test  # five of six epochs taught that
+    with pytest.raises(ValueError, match="train has features that are not finite"):
+        sgd_probe(lambda _: (x / 0, y), data["val"], data["test"])
+
+
+def test_top_five_is_counted_and_the_best_epoch_has_the_lowest_validation_loss():
+    train, val, test = (clouds(n, classes=8, stream=name) for name, n in {"train": 400, "val": 200, "test": 300}.items())
+    wrong = train[0], (train[1] + 4) % 8
+    found = sgd_probe(lambda epoch: train if epoch < 2 else wrong, val, test, epochs=6, lr=0.5, batch=50)
+    short = sgd_probe(train, val, test, epochs=1, lr=0.5, batch=400, seed=1)
+    assert found.best.choice in (1, 2) and found.choice == found.top5.choice == 6
+    assert found.best.test > 0.5 > 0.2 > found.test and found.best.val > found.val
+    weight = 0.01 * torch.randn(8, 6, generator=rng_for(1, "sgd-probe"))  # one step of `short`, by hand
+    residual = (train[0] @ weight.T).softmax(1) - nn.functional.one_hot(train[1], 8)
+    scores = test[0] @ (weight - 0.5 * residual.T @ train[0] / 400).T - 0.5 * residual.mean(0)
+    higher = (scores > scores.gather(1, test[1][:, None])).sum(1)
+    assert short.top5.test == pytest.approx(float((higher < 5).double().mean())) and short.test < short.top5.test < 1
+    assert short.best == ProbeResult(short.val, short.test, short.choice)
+
+
+def test_top_five_of_fewer_classes_is_all(data):
+    assert sgd_probe(**data, epochs=1, lr=0.1).top5.test == 1
+
+
+@pytest.mark.parametrize("epochs", [0, -3])
+def test_the_sgd_probe_needs_an_epoch(data, epochs):
+    with pytest.raises(ValueError, match=f"epochs={epochs} must be at least 1"):
+        sgd_probe(**data, epochs=epochs)
+
+
+def test_augmented_features_are_those_of_images_augmented_anew_in_every_epoch():
+    encoder, images = Noisy(), ImageSet(byte_images(), torch.arange(10) % 2, ("a", "b"))
+    crops, before = AUGMENTATIONS["no_color"], modes(encoder)
+    of_epoch = augmented_features(encoder, images, crops, seed=3)
+    found, labels = of_epoch(2)
+    assert found.shape == (10, 5) and torch.equal(labels, images.labels) and modes(encoder) == before
+    assert torch.equal(of_epoch(2)[0], found) and not torch.allclose(of_epoch(1)[0], found)
+    assert not torch.allclose(augmented_features(encoder, images, crops, seed=4)(2)[0], found)
+    by_hand = crops(images.floats(), rng_for(3, "sgd-probe/augment", epoch=2))
+    torch.testing.assert_close(found, features(encoder, by_hand))
+    for batch in (1, 3, 10):  # without augmentation, in the order of the images
+        plain, _ = augmented_features(encoder, images, AUGMENTATIONS["none"], batch=batch)(0)
+        torch.testing.assert_close(plain, features(encoder, images))
+
+
+def test_parts_of_a_set_have_crops_of_their_own():
+    same = ImageSet(byte_images(1).expand(6, -1, -1, -1).contiguous(), torch.zeros(6).long(), ("a",))
+    found, _ = augmented_features(nn.Flatten(), same, AUGMENTATIONS["no_color"], batch=2)(0)
+    assert len(found.unique(dim=0)) == 6
 
 
 # layers, transfer, geometry
