@@ -8,7 +8,7 @@ __all__ = ['ENCODERS', 'seeded_init', 'Encoder', 'small_resnet', 'resnet50', 'bu
 # %% ../nbs/08c_encoders.ipynb #167af017
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping
+from typing import Any, Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ class Encoder(nn.Module):
         self,
         body: nn.Module,  # (B, C, H, W) in [-1, 1] -> (B, num_features)
         num_features: int,  # D
-        config: Mapping[str, Any],  # "encoder": a name in ENCODERS; the rest: its arguments, plain JSON values
+        config: Mapping[str, Any],  # "encoder": a name in ENCODERS; "image_shape": see `save_encoder`; else its arguments, as JSON
     ):
         super().__init__()
         self.body, self.num_features, self.config = body, num_features, dict(config)
@@ -113,15 +113,23 @@ def build_encoder(channels: int, seed: int = 0, encoder: str = "small_resnet", *
     return ENCODERS[encoder](channels=channels, seed=seed, **arguments)
 
 
-def save_encoder(path: str | Path, encoder: Encoder) -> Path:
+def save_encoder(
+    path: str | Path,
+    encoder: Encoder,
+    image_shape: Sequence[int] | None = None,  # (C, H, W) of what it was trained on; None: what its configuration says, if anything
+) -> Path:
     "Writes weights and configuration to one safetensors file, whole or not at all."
-    return save_weights(path, encoder.state_dict(), encoder.config)
+    trained_on = {} if image_shape is None else {"image_shape": list(map(int, image_shape))}
+    return save_weights(path, encoder.state_dict(), encoder.config | trained_on)
 
 
 def load_encoder(path: str | Path) -> Encoder:
     "The encoder of a file, in eval mode; raises `WeightsError` if the file is damaged or names an unknown encoder."
     state, config = read_weights(path)
-    name = config.pop("encoder", None)
+    name = config.get("encoder")
     if name not in ENCODERS:
         raise WeightsError(f"{path}: holds encoder {name!r}, known are {', '.join(ENCODERS)}; register it in ENCODERS")
-    return load_into(ENCODERS[name](**config), state, path).eval()
+    arguments = {key: value for key, value in config.items() if key not in ("encoder", "image_shape")}
+    encoder = load_into(ENCODERS[name](**arguments), state, path).eval()
+    encoder.config |= config
+    return encoder
