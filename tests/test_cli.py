@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
 from mlvgm_mi import cli, contrastive
 from mlvgm_mi.cli import app, main
-from mlvgm_mi.contrastive import Stream, save_encoder, small_resnet
+from mlvgm_mi.contrastive import Stream, load_encoder, save_encoder, small_resnet
 from mlvgm_mi.generators.core import load_generator
 from mlvgm_mi.perturb import EqualLoss, Recipe, SpareTop, moves
 from mlvgm_mi.walkers import fresh_walkers, save_walkers
@@ -111,6 +112,111 @@ def test_evaluate_reads_a_folder_of_pictures(tmp_path):
     assert "linear" in output and "1pct" not in output
 
 
+@pytest.fixture
+def pictures(tmp_path):
+    "A folder of 2 x 20 pictures in colour, wider than high."
+    for label, n in ((label, n) for label in "ab" for n in range(20)):
+        path = tmp_path / "pictures" / label / f"{n}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 30), (200 * (label == "b"), n, 90)).save(path)
+    return tmp_path / "pictures"
+
+
+@pytest.fixture
+def judged(monkeypatch):
+    "The shapes of the images that `evaluate` judged."
+    shapes = []
+    judge = cli.judge
+    monkeypatch.setattr(cli, "judge", lambda network, splits, *rest: shapes.append(splits.train.image_shape)
+                        or judge(network, splits, *rest))
+    return shapes
+
+
+def test_the_file_of_an_encoder_keeps_the_shape_of_the_images_of_its_training(tmp_path):
+    encoder, path = small_resnet(1, width=4), tmp_path / "encoder.safetensors"
+    old = load_encoder(save_encoder(path, encoder))
+    assert old.config == encoder.config and "image_shape" not in old.config
+    back = load_encoder(save_encoder(path, encoder, image_shape=torch.Size([1, 40, 24])))
+    assert back.config == encoder.config | {"image_shape": [1, 40, 24]}
+    assert load_encoder(save_encoder(path, back)).config == back.config
+    assert all(map(torch.equal, back.parameters(), encoder.parameters()))
+
+
+@pytest.mark.parametrize("words, shape, note", [
+    ([], (1, 24, 24), ""),
+    (["--size", "16"], (1, 16, 16), "trained on images of 24x24 pixels, those of folder have 16x16"),
+    (["--size", "24"], (1, 24, 24), ""),
+])
+def test_an_encoder_is_judged_at_the_size_of_its_training(tmp_path, pictures, judged, capsys, words, shape, note):
+    save_encoder(tmp_path / "e.safetensors", small_resnet(1, width=4), (1, 24, 24))
+    command = ["evaluate", str(tmp_path / "e.safetensors"), "--dataset", "folder", "--folder", str(pictures), "--no-few-labels"]
+    main(lambda: app([*command, *words], standalone_mode=False))
+    error = capsys.readouterr().err
+    assert judged == [shape] and (note in error if note else "note" not in error)
+    assert error.count("note") == bool(note)
+
+
+def test_a_file_that_does_not_say_its_size_is_judged_at_a_size_that_is_said(tmp_path, pictures, judged, capsys):
+    save_encoder(tmp_path / "e.safetensors", small_resnet(3, width=4))
+    words = ["evaluate", str(tmp_path / "e.safetensors"), "--dataset", "folder", "--folder", str(pictures), "--no-few-labels"]
+    for more in ([], ["--size", "16"]):
+        main(lambda: app([*words, *more], standalone_mode=False))
+    error = capsys.readouterr().err
+    assert judged == [(3, 32, 32), (3, 16, 16)]
+    assert error.count("note") == 1 and "does not say on what size it was trained; pictures are cut to 32 pixels" in error
+
+
+def test_a_set_of_one_size_says_so(tmp_path, judged, capsys):
+    save_encoder(tmp_path / "e.safetensors", small_resnet(1, width=4), (1, 24, 24))
+    words = ["evaluate", str(tmp_path / "e.safetensors"), "--dataset", "digits", "--size", "24", "--no-few-labels"]
+    main(lambda: app(words, standalone_mode=False))
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note")]
+    assert judged == [(1, 32, 32)] and len(notes) == 2
+    assert "trained on images of 24x24 pixels, those of digits have 32x32" in notes[0]
+    assert notes[1] == "note: digits images do not depend on --size"
+
+
+@pytest.mark.parametrize("words, shape, note", [
+    ([], [3, 32, 32], "pictures of folder are cut to 32 pixels, in colour"),
+    (["--size", "24"], [3, 24, 24], "pictures of folder are cut to 24 pixels, in colour"),
+    (["--channels", "1"], [1, 32, 32], "pictures of folder are cut to 32 pixels, in grey"),
+    (["--size", "24", "--channels", "1"], [1, 24, 24], ""),
+    (["--generator", "linear-gaussian"], [3, 32, 32], "real views do not depend on --generator"),
+])
+def test_real_pictures_are_trained_on_in_a_shape_that_was_asked_for_or_is_said(tmp_path, pictures, capsys, words, shape, note):
+    words = ["train", "--source", "real", "--dataset", "folder", "--folder", str(pictures), "--steps", "2", "--batch-size", "4",
+             "--out", str(tmp_path / "run"), *words]
+    main(lambda: app(words, standalone_mode=False))
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note")]
+    assert load_encoder(tmp_path / "run" / "encoder.safetensors").config["image_shape"] == shape
+    assert any(note in line for line in notes) if note else not notes
+
+
+def test_pictures_beside_generated_images_take_their_shape(tmp_path, pictures, capsys):
+    RECIPE.to_yaml(tmp_path / "recipe.yaml")
+    words = ["train", "--source", "mixed-0.5", "--recipe", str(tmp_path / "recipe.yaml"), "--dataset", "folder", "--folder",
+             str(pictures), "--steps", "2", "--batch-size", "4", "--out", str(tmp_path / "run")]
+    main(lambda: app(words, standalone_mode=False))
+    assert load_encoder(tmp_path / "run" / "encoder.safetensors").config["image_shape"] == [1, 32, 32]
+    assert "pictures of folder are cut to 32 pixels, in grey" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"real has images of shape \(3, 32, 32\)"):
+        run(*words, "--channels", 3)
+
+
+def test_the_papers_probe_adds_its_rows(tmp_path):
+    save_encoder(tmp_path / "e.safetensors", small_resnet(1, width=4), (1, 32, 32))
+    words = ("evaluate", tmp_path / "e.safetensors", "--dataset", "digits", "--no-few-labels", "--out")
+    run(*words, tmp_path / "without.csv")
+    run(*words, tmp_path / "with.csv", "--sgd", 2)
+    without, frame = (pd.read_csv(tmp_path / name) for name in ("without.csv", "with.csv"))
+    assert set(without.probe) == {"linear", "knn"}
+    pd.testing.assert_frame_equal(frame[:4], without)
+    assert frame.probe[4:].tolist() == ["sgd"] * 2 + ["sgd_top5"] * 2 + ["sgd_best"] * 2
+    assert frame.split[4:].tolist() == ["val", "test"] * 3 and set(frame.dataset) == {"digits"}
+    accuracy = frame.set_index(["probe", "split"]).accuracy
+    assert accuracy["sgd_top5", "test"] > accuracy["sgd", "test"]
+
+
 def test_few_labels_are_left_out_where_a_set_cannot_spare_them(tmp_path, capsys):
     save_encoder(tmp_path / "encoder.safetensors", small_resnet(1, width=4, seed=0))
     for label, n in ((label, n) for label in "ab" for n in range(40)):
@@ -182,7 +288,9 @@ def test_another_run_in_the_same_folder_is_refused(tmp_path):
     (("train", "--source", "real", "--dataset", "digits", "--checkpoint-every", "0", "--out", "x"), "checkpoint_every=0"),
     (("train", "--source", "real", "--dataset", "cifar10", "--out", "x"), "folder"),
     (("train", "--source", "real", "--dataset", "digits", "--folder", "there", "--out", "x"), "folder"),
+    (("train", "--source", "real", "--dataset", "cifar10", "--size", "0", "--out", "x"), "--size 0 must be at least 1"),
     (("evaluate", "nowhere.safetensors", "--dataset", "digits"), "no such file"),
+    (("evaluate", "nowhere.safetensors", "--sgd", "-1"), "--sgd -1"),
     (("reproduce",), "there is no Snakefile"),
     (("impact", "my_decoders:build"), "there is no module my_decoders"),
 ])
@@ -196,15 +304,31 @@ def test_mistakes_cost_one_line(words, message, capsys, tmp_path, monkeypatch):
 
 
 def test_options_that_make_no_difference_are_named(tmp_path, capsys):
-    unread = ["--group-sigma", "z0=1", "--dataset", "digits", "--uniform-sigma", "0.25"]
+    unread = ["--group-sigma", "z0=1", "--dataset", "digits", "--uniform-sigma", "0.25", "--channels", "3"]
     main(lambda: app(["train", "--source", "synthetic", "--generator", "fashion-bigbigan", *unread,
                       "--steps", "2", "--batch-size", "4", "--out", str(tmp_path / "a")], standalone_mode=False))
     notes = capsys.readouterr().err
-    assert [line.split()[-1] for line in notes.splitlines()] == ["--uniform-sigma", "--group-sigma", "--dataset"]
+    assert [line.split()[-1] for line in notes.splitlines()] == ["--uniform-sigma", "--group-sigma", "--dataset", "--channels"]
     assert notes.startswith("note: synthetic views do not depend on")
     main(lambda: app(["train", "--source", "uniform", "--uniform-sigma", "0.25", "--steps", "2", "--batch-size", "4",
                       "--out", str(tmp_path / "b")], standalone_mode=False))
     assert not capsys.readouterr().err
+    main(lambda: app(["train", "--source", "real", "--dataset", "digits", "--size", "16", "--steps", "2", "--batch-size", "4",
+                      "--out", str(tmp_path / "c")], standalone_mode=False))
+    assert capsys.readouterr().err == "note: digits images do not depend on --size\n"
+
+
+def test_an_error_in_a_function_of_yours_says_which_was_called(tmp_path, monkeypatch, capsys):
+    (tmp_path / "broken_decoders.py").write_text(
+        "def value(): raise ValueError('shapes differ')\ndef key(): return {}['w']\ndef gone(): raise RuntimeError('gone')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, said in {"value": "shapes differ", "key": "w"}.items():
+        with pytest.raises(SystemExit):
+            main(lambda: app(["impact", f"broken_decoders:{name}"], standalone_mode=False))
+        assert capsys.readouterr().err == f"error: {said} (while building broken_decoders:{name})\n"
+    with pytest.raises(RuntimeError, match="gone") as caught:
+        main(lambda: app(["impact", "broken_decoders:gone"], standalone_mode=False))
+    assert caught.value.__notes__ == ["while building broken_decoders:gone"]
 
 
 def test_a_generator_of_the_folder_where_the_command_runs(tmp_path):
@@ -232,6 +356,14 @@ def test_a_place_where_nothing_can_be_written_is_named_before_any_work(tmp_path,
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="--out: nothing can be written"):
         run(*words, "--out", tmp_path / "file" / "results")
+
+
+@pytest.mark.parametrize("words", [("evaluate", "e.safetensors"), ("explore", "linear-gaussian")])
+def test_a_folder_in_the_place_of_a_file_is_named_before_any_work(tmp_path, monkeypatch, words):
+    for name in ("load_encoder", "load_generator"):
+        monkeypatch.setattr(cli, name, lambda *_, **__: pytest.fail("worked"))
+    with pytest.raises(ValueError, match="--out: .* is a folder; name a file in it"):
+        run(*words, "--out", tmp_path)
 
 
 def test_a_recipe_of_other_curves_does_not_stay(tmp_path):
