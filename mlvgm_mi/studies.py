@@ -19,7 +19,7 @@ from .cells import cell, described, digest, weights_digest
 from .contrastive import OBJECTIVES, Contrastive, TrainConfig, fit
 from .data import ImageSet, Splits
 from .encoders import build_encoder
-from .evaluate import Interval, confidence_interval, judge, paired_difference
+from .evaluate import Interval, check_splits, confidence_interval, judge, paired_difference
 from .experiments import Materials, Run, at_strength, lengthened, make_source, material_files, source_kind
 from .generators.core import Generator
 from .perturb import Perturb, Recipe
@@ -57,7 +57,11 @@ def train_and_judge(
     shares: Mapping[str, float] | None = None,  # few-label probes, as in `judge`; None: none
     options: Mapping[str, Any] | None = None,  # arguments of the objective, where not the usual ones
 ) -> pd.DataFrame:
-    "Rows source, objective, t_x, seed, probe, dataset, split, accuracy in [0, 1]; resumes from `folder`."
+    """Rows source, objective, t_x, seed, probe, dataset, split, accuracy in [0, 1]; resumes from `folder`.
+
+    `ValueError`, before anything is trained, for splits or shares that cannot be judged.
+    """
+    check_splits(splits, run.seed, shares or {})
     network = build_encoder(splits.train.image_shape[0], run.seed, **encoder)
     objective = OBJECTIVES[run.objective](network.num_features, seed=run.seed, **options or {})
     module = Contrastive(network, objective, config)

@@ -327,6 +327,15 @@ def test_other_probes_do_not_train_again(tmp_path, monkeypatch):
     pd.testing.assert_frame_equal(more[more.probe != "linear_50pct"], before)
 
 
+def test_what_cannot_be_judged_is_not_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr("mlvgm_mi.studies.fit", lambda *args, **options: pytest.fail("trained all the same"))
+    digits = load_digits()
+    needs = Materials(digits.train, LinearGaussian.random([1.0, 1.0]))
+    study = Study(tmp_path, "digits", digits, {"width": 4}, batch_size=8, shares={"linear_1pct": 0.001})
+    with pytest.raises(ValueError, match="share=0.001"):
+        study.encoder_cell(Run("real", "simclr", "no_color", 0), needs, dict(steps=3, warmup=1))
+
+
 def trial(lr, val, test):
     "A frame as `at_rates` makes it."
     accuracies = {("linear", "val"): val, ("linear", "test"): test, ("knn", "val"): 1 - val}
