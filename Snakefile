@@ -281,7 +281,7 @@ rule fresh_seeds:
         results("fresh.csv", "fresh_table.csv"), picture("fresh")
     params:
         y=lambda w: parameters("dataset", "images", "encoder", "batch_size", "probe_images", "shares", "train", "train_of",
-                               **{name: value for name, value in only("E3b_longer").items() if name in ("rates", "decoded")},
+                               decoded=only("E3b_longer")["decoded"],
                                **only("E3c_fresh_seeds"))
     log:
         nb=f"{BUILD}/notebooks/E3c_fresh_seeds.ipynb", txt=f"{BUILD}/logs/E3c_fresh_seeds.txt"

@@ -121,13 +121,20 @@ def test_a_rate_is_kept_unless_the_row_offers_all_of_them_again(tmp_path, monkey
 
 def test_fresh_seeds_are_judged_alone_and_with_the_earlier_ones(tmp_path, monkeypatch):
     "Guided views were three points ahead on the seeds that were looked at; on fresh ones they are one ahead."
-    trials = lambda run, train, lead: trial(run, train["steps"], 0.2).assign(
+    offered = set()
+    trials = lambda run, steps, lead, lr: trial(run, steps, lr).assign(
         accuracy=0.6 + (lead if run.source == "guided" else 0) + 0.001 * run.seed**2)
-    monkeypatch.setattr("mlvgm_mi.studies.at_rates", lambda study, run, materials, train, *rest: [trials(run, train, 0.01)])
+
+    def at_rates(study, run, materials, train, rates, *rest):
+        offered.add((run.source, train["steps"], *rates))
+        return [trials(run, train["steps"], 0.01, lr) for lr in rates]
+
+    monkeypatch.setattr("mlvgm_mi.studies.at_rates", at_rates)
     Recipe({"w0-1": 0.1, "w2-3": 0.2, "w4-5": 0.9, "w6-7": 1.0}).to_yaml(tmp_path / "results" / "recipe.yaml")
     guided = {"source": "guided", "generator": "fashion-stylegan2"}
     again = {"simclr": [row | {"t_x": "none", "lengths": [20, 40]} for row in ({"source": "real"}, guided)]}
-    seen = [trials(Run(source, "simclr", "none", seed), {"steps": steps}, 0.03).assign(generator=name, steps=steps)
+    kept = lambda source, steps, seed: 0.3 if source == "real" or steps < 40 or seed == 1 else 0.2
+    seen = [trials(Run(source, "simclr", "none", seed), steps, 0.03, kept(source, steps, seed)).assign(generator=name, steps=steps)
             for source, name in (("real", "images"), ("guided", "fashion-stylegan2")) for seed in SEEDS for steps in (20, 40, 80)]
     write_frame(pd.concat([*seen, seen[0].assign(t_x="simclr")]), tmp_path / "results" / "longer.csv")  # another augmentation
     train = {"steps": 20, "lr": 0.2, "warmup": 2}
@@ -135,6 +142,7 @@ def test_fresh_seeds_are_judged_alone_and_with_the_earlier_ones(tmp_path, monkey
     page = run_page("E3c_fresh_seeds", **settings, fresh_seeds=[3, 4])
     table = page["table"].set_index(["probe", "of", "source"])
     assert set(page["last"].steps) == {40} and set(page["frame"].steps) == {20, 40} and len(table) == 8
+    assert offered == {(source, steps, lr) for source, lr in (("real", 0.3), ("guided", 0.2)) for steps in (20, 40)}
     gains = table.xs("real", level="source").gain.round(6).unstack()
     assert gains["fresh seeds"].tolist() == [0.01] * 2 and gains["all seeds"].tolist() == [0.022] * 2
     assert table.xs("guided", level="source").gain.isna().all()
@@ -142,3 +150,6 @@ def test_fresh_seeds_are_judged_alone_and_with_the_earlier_ones(tmp_path, monkey
     assert table.loc["linear", "fresh seeds", "real"].accuracy == pytest.approx(0.6 + 0.001 * (9 + 16) / 2)
     with pytest.raises(AssertionError, match="looked at before"):
         run_page("E3c_fresh_seeds", **settings, fresh_seeds=[2, 3])
+    longer = {"simclr": [again["simclr"][1] | {"lengths": [60]}]}
+    with pytest.raises(AssertionError, match="E3b has no row of .*'steps': 60"):
+        run_page("E3c_fresh_seeds", **settings | {"again": longer}, fresh_seeds=[3])
